@@ -1,0 +1,243 @@
+"""The spectral genotype space: a merged model as gains over the experts' singular directions.
+
+Every matrix of expert e has a task vector ``tau_e = sum_i u_i v_i^T`` over its singular directions (the singular
+value lives in one of the two factors). A genotype is one gain for each direction,
+
+    W(g) = W_0 + U diag(g) V^T,    U = [U_1 .. U_E] (m, R),    V = [V_1 .. V_E] (n, R),    R = sum_e r_e,
+
+and one gain for each expert on vector leaves. Expert e is the indicator of its block, the base is zero, and linear
+crossover and expert-SVD mutation never leave the space.
+
+Only one orthonormal factor is computed: with V orthonormal, ``U = tau V`` rebuilds tau to rounding for *any* V that
+spans its rows, so the poor conditioning of the Gram matrix ``tau^T tau`` does not enter the reconstruction.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float
+
+from cycleqd_jax.merging.decomposition import DecompositionReport, factorise, noise_floor
+from cycleqd_jax.merging.layout import GainLayout, LeafLayout
+from cycleqd_jax.merging.task_vector import (
+    ROLES,
+    check_same_structure,
+    check_same_tree,
+    leaf_paths,
+)
+
+FLOAT32_EPS = float(np.finfo(np.float32).eps)
+
+
+@struct.dataclass
+class MatrixFactors:
+    """Rank-one terms of all experts for one matrix leaf, expert e's task vector being its block's ``u v^T``.
+
+    Attributes:
+        u: (..., m, R) float32.
+        v: (..., n, R) float32. Each direction's singular value is in u or in v; only the product matters.
+        ranks: block sizes r_e, one an expert, with sum R; static. An untouched matrix has rank 0.
+    """
+
+    u: Any
+    v: Any
+    ranks: tuple[int, ...] = struct.field(pytree_node=False)
+
+
+@struct.dataclass
+class VectorFactors:
+    """Task vectors of all experts for one vector leaf.
+
+    Attributes:
+        delta: (..., E, d) float32.
+    """
+
+    delta: Any
+
+
+SpectralBasis = Any
+"""Tree with the structure of the parameters and a ``MatrixFactors`` or ``VectorFactors`` at every leaf."""
+
+
+def _is_factors(node: Any) -> bool:
+    return isinstance(node, MatrixFactors | VectorFactors)
+
+
+def gain_layout(basis: SpectralBasis | GainLayout) -> GainLayout:
+    """Static description of a basis's gains; a ``GainLayout`` passes through.
+
+    Works on a basis of arrays, tracers or ``jax.ShapeDtypeStruct``.
+
+    Raises:
+        ValueError: a leaf is neither ``MatrixFactors`` nor ``VectorFactors``, or there is none.
+    """
+    if isinstance(basis, GainLayout):
+        return basis
+    nodes, treedef = jax.tree.flatten(basis, is_leaf=_is_factors)
+    leaves = []
+    for node in nodes:
+        if isinstance(node, MatrixFactors):
+            leaves.append(LeafLayout("matrix", tuple(node.u.shape[:-2]), tuple(node.ranks)))
+        elif isinstance(node, VectorFactors):
+            *batch, experts, _ = node.delta.shape
+            leaves.append(LeafLayout("vector", tuple(batch), (1,) * experts))
+        else:
+            raise ValueError(
+                f"expected a tree of MatrixFactors and VectorFactors, found {type(node).__name__}"
+            )
+    if not leaves:
+        raise ValueError("expected a basis with at least one leaf, found an empty tree")
+    return GainLayout(treedef, tuple(leaves))
+
+
+def _check_inputs(
+    task_vectors: Sequence[Any], roles: Any, rank: int | None, base: Any | None
+) -> None:
+    if not task_vectors:
+        raise ValueError("expected at least one task vector, found none")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank must be None (exact) or at least 1, found {rank}")
+    for e, tau in enumerate(task_vectors[1:], start=1):
+        check_same_tree(task_vectors[0], tau, "task vector 0", f"task vector {e}")
+    check_same_structure(task_vectors[0], roles, "task vector 0", "the roles")
+    if base is not None:
+        check_same_tree(base, task_vectors[0], "the base", "task vector 0")
+    least = {"matrix": 2, "vector": 1}
+    for path, role, leaf in zip(
+        leaf_paths(roles), jax.tree.leaves(roles), jax.tree.leaves(task_vectors[0]), strict=True
+    ):
+        if role not in ROLES:
+            raise ValueError(f"leaf '{path}': expected a role out of {ROLES}, found {role!r}")
+        if jnp.ndim(leaf) < least[role]:
+            raise ValueError(
+                f"leaf '{path}': a {role} needs at least {least[role]} axes, "
+                f"found shape {jnp.shape(leaf)}"
+            )
+
+
+def decompose(
+    task_vectors: Sequence[Any],
+    roles: Any,
+    rank: int | None = None,
+    *,
+    base: Any | None = None,
+    noise: float = FLOAT32_EPS,
+) -> tuple[SpectralBasis, DecompositionReport]:
+    """Singular directions of every expert's task vector, all layers of a leaf at once.
+
+    With ``rank=None`` every direction above the rounding noise of the stored weights is kept, which is exact: what
+    is dropped is smaller than the last bit of the weights it would be added to. A LoRA expert (a rank-r matrix
+    added to float32 weights) so comes out at its own rank, and an untouched matrix at rank 0. The noise of a matrix
+    W is taken from ``base``; without it only directions below the last bit of the task vector itself are dropped,
+    and LoRA experts stay at full rank. A leaf has one rank an expert, the largest over its stacked layers.
+
+    Args:
+        task_vectors: E trees; matrix leaves (..., m, n), vector leaves (..., d). Any float dtype; the work is done
+            in float32.
+        roles: tree of the same structure of "matrix" | "vector".
+        rank: keep at most this many directions of each matrix and expert; None keeps all.
+        base: weights that the task vectors are added to (or their magnitudes), used for the noise only.
+        noise: relative rounding error of the stored weights. The default, float32's, is exact for bfloat16 weights
+            too. Pass ``jnp.finfo(jnp.bfloat16).eps`` for LoRA experts that were merged into bfloat16 weights: their
+            rounding noise is dropped with everything that is hidden under it, and the report says how much that is.
+
+    Returns:
+        The basis, and a report of ranks and of what was dropped, measured against the given task vectors.
+
+    Raises:
+        ValueError: no task vectors, trees that differ, an unknown role, too few axes, or ``rank < 1``.
+    """
+    _check_inputs(task_vectors, roles, rank, base)
+    role_leaves, treedef = jax.tree.flatten(roles)
+    paths = leaf_paths(roles)
+    columns = list(zip(*(jax.tree.leaves(tau) for tau in task_vectors), strict=True))
+    weights = columns if base is None else [(w,) * len(task_vectors) for w in jax.tree.leaves(base)]
+    nodes: list[Any] = []
+    errors: dict[str, np.ndarray] = {}
+    ranks: dict[str, tuple[int, ...]] = {}
+    for path, role, taus, stored in zip(paths, role_leaves, columns, weights, strict=True):
+        if role == "vector":
+            stacked = jnp.stack([jnp.asarray(t, jnp.float32) for t in taus], axis=-2)
+            nodes.append(VectorFactors(stacked))
+            continue
+        blocks = [
+            factorise(t, noise_floor(w, noise), rank) for t, w in zip(taus, stored, strict=True)
+        ]
+        ranks[path] = tuple(int(u.shape[-1]) for u, _, _ in blocks)
+        errors[path] = np.stack([error for _, _, error in blocks], axis=-1)
+        u = jnp.concatenate([u for u, _, _ in blocks], axis=-1)
+        v = jnp.concatenate([v for _, v, _ in blocks], axis=-1)
+        nodes.append(MatrixFactors(u=u, v=v, ranks=ranks[path]))
+    return treedef.unflatten(nodes), DecompositionReport(ranks=ranks, error=errors)
+
+
+def num_experts(basis: SpectralBasis | GainLayout) -> int:
+    """Number of experts of a basis."""
+    return gain_layout(basis).num_experts
+
+
+def zero_gains(basis: SpectralBasis | GainLayout) -> Any:
+    """Gains of the base model: matrix leaves (..., R), vector leaves (..., E), float32."""
+    return gain_layout(basis).zeros()
+
+
+def expert_gains(basis: SpectralBasis | GainLayout, expert: int | jax.Array) -> Any:
+    """Gains of one expert, the indicator of its blocks. Raises ``ValueError`` if it does not exist."""
+    return gain_layout(basis).indicator(expert)
+
+
+def uniform_gains(basis: SpectralBasis | GainLayout, lam: Any) -> Any:
+    """Gains of task arithmetic ``theta_0 + lam * sum_e tau_e``; ``lam`` is a scalar."""
+    return gain_layout(basis).full(lam)
+
+
+def _weighted_outer(
+    u: Float[Array, "*layers m r"], v: Float[Array, "*layers n r"], gains: Float[Array, "*layers r"]
+) -> Float[Array, "*layers m n"]:
+    scaled = u.astype(jnp.float32) * gains.astype(jnp.float32)[..., None, :]
+    return jnp.matmul(
+        scaled, jnp.swapaxes(v.astype(jnp.float32), -1, -2), precision=jax.lax.Precision.HIGHEST
+    )
+
+
+def _weighted_sum(
+    delta: Float[Array, "*layers experts d"], gains: Float[Array, "*layers experts"]
+) -> Float[Array, "*layers d"]:
+    return jnp.einsum(
+        "...e,...ed->...d",
+        gains.astype(jnp.float32),
+        delta.astype(jnp.float32),
+        precision=jax.lax.Precision.HIGHEST,
+    )
+
+
+def expand(basis: SpectralBasis, gains: Any) -> Any:
+    """Task vector of a genotype: ``sum_i g_i u_i v_i^T`` a matrix, ``sum_e g_e delta_e`` a vector; float32.
+
+    Pass the basis as an argument of the function you jit; a closure would embed it as a constant. For a population,
+    ``jax.vmap(expand, in_axes=(None, 0))``.
+    """
+
+    def leaf(g: Any, factors: Any) -> jax.Array:
+        if isinstance(factors, MatrixFactors):
+            return _weighted_outer(factors.u, factors.v, g)
+        return _weighted_sum(factors.delta, g)
+
+    return jax.tree.map(leaf, gains, basis)
+
+
+def materialise(base: Any, basis: SpectralBasis, gains: Any) -> Any:
+    """Parameters of one genotype, ``base + expand(basis, gains)``: added in float32, base's dtype.
+
+    For a population, ``jax.vmap(materialise, in_axes=(None, None, 0))``.
+    """
+
+    def add(b: Any, t: jax.Array) -> jax.Array:
+        b = jnp.asarray(b)
+        return (b.astype(jnp.float32) + t).astype(b.dtype)
+
+    return jax.tree.map(add, base, expand(basis, gains))

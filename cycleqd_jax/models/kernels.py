@@ -1,0 +1,146 @@
+"""What stands in place of a weight, and the products that serve every kind of it.
+
+A matrix is an array, or a `SpectralKernel` that holds a whole population of matrices as gains on
+shared directions. A norm vector is an array or a `CandidateVector`. The model calls `project`,
+`embed`, `unembed` and `norm_weight` and never asks which kind it got; `lax.scan` and `vmap` need no
+second code path, since all of them are pytrees.
+"""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+@flax.struct.dataclass
+class SpectralKernel:
+    """Matrices W(g) = base + u diag(g) vᵀ of many candidates, none of them built.
+
+    `base` (..., in, out), `u` (..., in, R), `v` (..., out, R), `gain` (..., C, R) with one row per
+    candidate, or per batch row after `per_row`, or (..., R) for a single candidate. Leading axes
+    are stacked layers.
+    """
+
+    base: Any
+    u: Any
+    v: Any
+    gain: Any
+
+
+@flax.struct.dataclass
+class CandidateVector:
+    """The same norm vector of many candidates: `values` (..., C, d), or (..., d) for one."""
+
+    values: Any
+
+
+def project(
+    x: Float[Array, "batch time inner"], kernel: Any, rows: Int[Array, " batch"] | None = None
+) -> Float[Array, "batch time outer"]:
+    """y = x W, or y = x W0 + ((x U) ⊙ g[row's candidate]) Vᵀ for a `SpectralKernel`.
+
+    `rows` gives the candidate of every batch row. None means one candidate for all rows, or
+    gains that already have one row per batch row.
+    """
+    if not isinstance(kernel, SpectralKernel):
+        return x @ kernel
+    y = x @ kernel.base
+    if kernel.u.shape[-1] == 0:
+        return y
+    return y + (_scale(x @ kernel.u, kernel.gain, rows) @ kernel.v.T)
+
+
+def embed(
+    tokens: Int[Array, "batch time"], kernel: Any, rows: Int[Array, " batch"] | None = None
+) -> Float[Array, "batch time hidden"]:
+    """Rows of the embedding matrix (vocab, hidden), each in its candidate's version."""
+    if not isinstance(kernel, SpectralKernel):
+        return kernel[tokens]
+    y = kernel.base[tokens]
+    if kernel.u.shape[-1] == 0:
+        return y
+    return y + (_scale(kernel.u[tokens], kernel.gain, rows) @ kernel.v.T)
+
+
+def unembed(
+    x: Float[Array, "batch time hidden"],
+    embedding: Any,
+    head: Any,
+    rows: Int[Array, " batch"] | None = None,
+) -> Float[Array, "batch time vocab"]:
+    """Logits from `head` (hidden, vocab), or from the transposed `embedding` where `head` is None."""
+    if head is not None:
+        return project(x, head, rows)
+    if not isinstance(embedding, SpectralKernel):
+        return x @ embedding.T
+    y = x @ embedding.base.T
+    if embedding.u.shape[-1] == 0:
+        return y
+    return y + (_scale(x @ embedding.v, embedding.gain, rows) @ embedding.u.T)
+
+
+def norm_weight(weight: Any, rows: Int[Array, " batch"] | None = None) -> Float[Array, "..."]:
+    """A norm's weight in a form that multiplies (batch, time, d): (d,) or (batch, 1, d)."""
+    if not isinstance(weight, CandidateVector):
+        return weight
+    return _per_row(weight.values, rows)
+
+
+def attach(params: Any, basis: Any, gains: Any) -> Any:
+    """Parameters of a whole population: weights become kernels, nothing is materialised.
+
+    `gains` has the structure of `params` with leaves (C, ..., R) for matrices and (C, ..., E) for
+    vectors, C candidates in front; the candidate axis moves behind the layer axis, so that
+    `lax.scan` over layers slices the kernels. Equals `materialise` of each candidate.
+    """
+    from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors
+
+    def leaf(base: Any, factors: Any, gain: Any) -> Any:
+        if isinstance(factors, MatrixFactors):
+            candidates = jnp.moveaxis(gain, 0, -2)
+            # The directions are stored in float32; the product runs in the weights' dtype.
+            u, v = factors.u.astype(base.dtype), factors.v.astype(base.dtype)
+            return SpectralKernel(base=base, u=u, v=v, gain=candidates)
+        if isinstance(factors, VectorFactors):
+            shift = jnp.moveaxis(gain, 0, -2) @ factors.delta
+            values = base[..., None, :].astype(jnp.float32) + shift
+            return CandidateVector(values=values.astype(base.dtype))
+        raise ValueError(
+            f"attach expects a basis of MatrixFactors and VectorFactors, got {type(factors).__name__}"
+        )
+
+    return jax.tree.map(leaf, params, basis, gains)
+
+
+def per_row(params: Any, rows: Int[Array, " batch"]) -> Any:
+    """Pick every batch row's gains once, before a decoding loop, so that no step gathers them.
+
+    The result is used with `rows=None`.
+    """
+
+    def leaf(node: Any) -> Any:
+        if isinstance(node, SpectralKernel):
+            return node.replace(gain=jnp.take(node.gain, rows, axis=-2))
+        if isinstance(node, CandidateVector):
+            return node.replace(values=jnp.take(node.values, rows, axis=-2))
+        return node
+
+    return jax.tree.map(leaf, params, is_leaf=is_kernel)
+
+
+def is_kernel(node: Any) -> bool:
+    """Whether a node of the parameters is one of this module's kernels (an `is_leaf`)."""
+    return isinstance(node, SpectralKernel | CandidateVector)
+
+
+def _per_row(values: Array, rows: Array | None) -> Array:
+    """(d,) as it is; (C, d) as (batch, 1, d)."""
+    if values.ndim == 1:
+        return values
+    return (values if rows is None else values[rows])[:, None, :]
+
+
+def _scale(hidden: Array, gain: Array, rows: Array | None) -> Array:
+    return hidden * _per_row(gain, rows).astype(hidden.dtype)

@@ -1,0 +1,144 @@
+"""What a task is: problems, and an episode per problem written as a generator.
+
+An episode yields :class:`Ask` when it wants the model to speak and :class:`Run` when it wants a
+program executed in the sandbox; it is sent the answer and finally returns a score in [0, 1]. It
+never learns which model speaks, and it never runs anything itself, so the rollout can keep the
+episodes of every candidate and task in one batch.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, Protocol, TypeVar
+
+from cycleqd_jax.sandbox.base import Job, Outcome
+
+Split = Literal["train", "search", "test"]
+
+# Six, two and two problems of every ten; a problem's own text decides where it belongs.
+_SPLIT_OF_DIGIT: tuple[Split, ...] = (*("train",) * 6, *("search",) * 2, *("test",) * 2)
+
+
+class Message(NamedTuple):
+    """One turn of a conversation."""
+
+    role: str
+    content: str
+
+
+class Request(NamedTuple):
+    """What a policy is asked: the next message of this conversation, spoken by ``candidate``."""
+
+    candidate: int
+    messages: tuple[Message, ...]
+
+
+class Policy(Protocol):
+    """A model, or anything that speaks: messages in, text out."""
+
+    def __call__(self, requests: Sequence[Request]) -> list[str]:
+        """Answer every request, in order."""
+
+
+@dataclass(frozen=True)
+class Ask:
+    """The episode wants the model's next message."""
+
+    messages: tuple[Message, ...]
+
+
+@dataclass(frozen=True)
+class Run:
+    """The episode wants a program run in the sandbox."""
+
+    job: Job
+
+
+Episode = Generator[Ask | Run, str | Outcome, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """A generated problem; subclasses add what judging it needs.
+
+    Attributes:
+        prompt: the user's message. It identifies the problem: equal prompts are equal problems.
+        answers: what an ideal agent says, turn by turn.
+        observations: what the environment answers between those turns (one fewer than answers).
+        document: the same content as plain text that is no conversation, for pretraining.
+        kind: which of the task's question families it belongs to, for reports.
+    """
+
+    prompt: str
+    answers: tuple[str, ...]
+    observations: tuple[str, ...] = ()
+    document: str
+    kind: str
+
+    @property
+    def demonstration(self) -> tuple[Message, ...]:
+        """The whole ideal conversation, for fine-tuning."""
+        turns = [Message("user", self.prompt)]
+        for answer, observation in zip(self.answers, (*self.observations, None), strict=True):
+            turns.append(Message("assistant", answer))
+            if observation is not None:
+                turns.append(Message("user", observation))
+        return tuple(turns)
+
+
+P = TypeVar("P", bound=Problem)
+
+
+class Task(Protocol):
+    """A skill: where its problems come from and how an attempt is judged."""
+
+    @property
+    def name(self) -> str:
+        """The name scores are reported under."""
+
+    def problems(
+        self, split: Split, count: int, *, seed: int = 0, difficulty: int = 1
+    ) -> Sequence[Problem]:
+        """Draw ``count`` distinct problems of one split."""
+
+    def episode(self, problem: Problem) -> Episode:
+        """Start an attempt at one problem."""
+
+
+def split_of(prompt: str) -> Split:
+    """Return the split a problem belongs to: a function of its prompt alone, so splits are disjoint."""
+    digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+    return _SPLIT_OF_DIGIT[int.from_bytes(digest) % len(_SPLIT_OF_DIGIT)]
+
+
+def draw_problems(
+    make: Callable[[random.Random, int], P], split: Split, count: int, seed: int, difficulty: int
+) -> list[P]:
+    """Draw distinct problems of one split from a generator of problems.
+
+    Args:
+        make: draws one problem from a random source at a difficulty.
+        split: which split to keep.
+        count: how many distinct problems.
+        seed: the same seed gives the same problems.
+        difficulty: passed to ``make``.
+
+    Raises:
+        ValueError: the generator knows fewer than ``count`` problems of this split.
+    """
+    rng = random.Random(f"{split}/{seed}/{difficulty}")
+    found: dict[str, P] = {}
+    misses = 0
+    while len(found) < count:
+        problem = make(rng, difficulty)
+        if problem.prompt in found or split_of(problem.prompt) != split:
+            misses += 1
+            if misses > 1000 + 50 * count:
+                raise ValueError(
+                    f"expected {count} distinct problems for split {split!r} at difficulty "
+                    f"{difficulty}, found only {len(found)}: ask for fewer or raise the difficulty"
+                )
+            continue
+        found[problem.prompt] = problem
+    return list(found.values())
