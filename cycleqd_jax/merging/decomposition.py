@@ -1,4 +1,6 @@
-"""Singular directions of one stack of matrices from a Gram matrix, and the report of what was dropped."""
+"""Singular directions of one stack of matrices from a Gram matrix, and the report of what was
+dropped.
+"""
 
 import dataclasses
 from collections.abc import Mapping
@@ -10,6 +12,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 HIGHEST = jax.lax.Precision.HIGHEST
+BOUNDARIES = (1e-2, 1e-4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,8 +21,8 @@ class DecompositionReport:
 
     Attributes:
         ranks: leaf path -> directions kept, one number an expert.
-        error: leaf path -> ``|tau - u v^T| / |tau|`` (Frobenius), shape (..., E) with the leaf's stacked layers
-            first; 0 for a matrix that was not touched.
+        error: leaf path -> ``|tau - u v^T| / |tau|`` (Frobenius), shape (..., E) with the leaf's
+            stacked layers first; 0 for a matrix that was not touched.
     """
 
     ranks: Mapping[str, tuple[int, ...]]
@@ -49,13 +52,16 @@ def _row_and_column_norms(w: Float[Array, "*layers m n"]) -> Float[Array, "*laye
 
 
 def noise_floor(weights: Any, noise: float) -> np.ndarray:
-    """Singular value below which a direction drowns in the rounding of the weights, one a layer, shape (...).
+    """Singular value below which a direction drowns in the rounding of the weights, one a layer,
+    shape (...).
 
-    Rounding to relative precision ``noise`` adds independent errors of about ``0.2 * noise * |w_ij|``. The norm of
-    such a matrix is close to its largest row norm plus its largest column norm (Bandeira and van Handel, 2016,
-    doi 10.1214/15-AOP1025); the factor 0.5 leaves a margin of 2.5.
+    Rounding to relative precision ``noise`` adds independent errors of about ``0.2 * noise *
+    |w_ij|``. The norm of such a matrix is close to its largest row norm plus its largest column
+    norm (Bandeira and van Handel, 2016, doi 10.1214/15-AOP1025); the factor 0.5 leaves a margin
+    of 2.5.
     """
-    return 0.5 * noise * np.asarray(_row_and_column_norms(jnp.asarray(weights)), np.float32)
+    norms = np.asarray(_row_and_column_norms(jnp.asarray(weights)), np.float32)
+    return np.asarray(0.5 * noise * norms, np.float32)
 
 
 def _descending(
@@ -73,19 +79,76 @@ def _gram_eigenvectors(tall: Float[Array, "layers p q"]) -> Float[Array, "layers
     return jnp.linalg.eigh(gram)[1]
 
 
+def _turn_small(
+    tall: Float[Array, "layers p q"],
+    vectors: Float[Array, "layers q q"],
+    values: Float[Array, "layers q"],
+    boundary: float,
+) -> tuple[Float[Array, "layers q q"], Float[Array, "layers q"]]:
+    """Separate the directions below ``boundary * values[0]``, which one Gram matrix cannot tell
+    apart.
+
+    In the basis found so far the Gram matrix is graded: its entries are exact relative to the two
+        columns they come
+    from. Its couplings between large and small directions are removed to first order, then the
+    small block, scaled to itself, is diagonalised again.
+    """
+    images = jnp.einsum("lpq,lqr->lpr", tall, vectors, precision=HIGHEST)
+    gram = jnp.einsum("lpi,lpj->lij", images, images, precision=HIGHEST)
+    small = values < boundary * values[:, :1]
+    both_small = small[:, :, None] & small[:, None, :]
+    diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
+    gap = diagonal[:, None, :] - diagonal[:, :, None]
+    # An angle above 0.01 belongs to directions of nearly equal size, where any rotation is as good.
+    use = (jnp.abs(gram) < 0.01 * jnp.abs(gap)) & ~both_small
+    turn = jnp.eye(gram.shape[-1]) + jnp.where(use, gram / jnp.where(use, gap, 1.0), 0.0)
+    for _ in range(2):  # Newton-Schulz: back to orthonormal columns
+        square = jnp.einsum("lij,lik->ljk", turn, turn, precision=HIGHEST)
+        turn = 1.5 * turn - 0.5 * jnp.einsum("lij,ljk->lik", turn, square, precision=HIGHEST)
+    vectors = jnp.einsum("lij,ljk->lik", vectors, turn, precision=HIGHEST)
+
+    images = jnp.einsum("lpq,lqr->lpr", tall, vectors, precision=HIGHEST)
+    size = jnp.linalg.norm(images, axis=-2)
+    largest = jnp.max(jnp.where(small, size, 0.0), axis=-1)[:, None, None]
+    scaled = jnp.where(small[:, None, :], images / jnp.where(largest > 0, largest, 1.0), 0.0)
+    gram = jnp.einsum("lpi,lpj->lij", scaled, scaled, precision=HIGHEST)
+    # Large directions get an eigenvalue above any of the small block's, so they keep the first
+    # places.
+    identity = jnp.eye(gram.shape[-1])
+    ceiling = 2.0 * gram.shape[-1]
+    found = jnp.flip(
+        jnp.linalg.eigh(gram + jnp.where(small, 0.0, ceiling)[:, None, :] * identity)[1], axis=-1
+    )
+    turn = jnp.where(both_small, found, jnp.where(small[:, None, :], 0.0, identity))
+    vectors = jnp.einsum("lij,ljk->lik", vectors, turn, precision=HIGHEST)
+    images = jnp.einsum("lpq,lqr->lpr", tall, vectors, precision=HIGHEST)
+    return _descending(vectors, jnp.linalg.norm(images, axis=-2))
+
+
 @jax.jit
 def _directions(
     tall: Float[Array, "layers p q"],
 ) -> tuple[Float[Array, "layers q q"], Float[Array, "layers q"]]:
     """Right singular vectors and singular values, largest first.
 
-    The values are measured as ``|tau v_i|``, not taken from the eigenvalues: those are wrong below
-    ``sqrt(eps)`` of the largest, exactly where the noise floor is looked for.
+    The Gram matrix squares the range of the singular values, so its eigenvectors are resolved
+    down to ``sqrt(eps)`` of the largest only; ``_turn_small`` continues below. Values are
+    measured as ``|tau v_i|``, not taken from the eigenvalues.
     """
     norm = jnp.sqrt(jnp.sum(jnp.square(tall), axis=(-1, -2), keepdims=True))
-    vectors = _gram_eigenvectors(tall / jnp.where(norm > 0, norm, 1.0))
+    tall = tall / jnp.where(norm > 0, norm, 1.0)
+    vectors = _gram_eigenvectors(tall)
     images = jnp.einsum("lpq,lqr->lpr", tall, vectors, precision=HIGHEST)
-    return _descending(vectors, jnp.linalg.norm(images, axis=-2))
+    vectors, values = _descending(vectors, jnp.linalg.norm(images, axis=-2))
+    for boundary in BOUNDARIES:
+        vectors, values = _turn_small(tall, vectors, values, boundary)
+    return vectors, values * norm[..., 0]
+
+
+@jax.jit
+def _own_rounding(tall: Float[Array, "layers p q"]) -> Float[Array, " layers"]:
+    """Size of ``|tau v_i|`` that float32 arithmetic alone gives a direction tau does not have."""
+    return float(jnp.finfo(jnp.float32).eps) * jnp.linalg.norm(tall, axis=(-1, -2))
 
 
 @jax.jit
@@ -101,8 +164,8 @@ def _project_leading(
 ) -> tuple[Float[Array, "layers p r"], Float[Array, "layers q r"]]:
     """Factors of the leading directions, sharpened by one step of subspace iteration.
 
-    The Gram matrix finds the leading subspace only to ``eps * (s_1 / s_r)``; multiplying by tau once more shrinks
-    that error by the square of the gap to the dropped directions.
+    The Gram matrix finds the leading subspace only to ``eps * (s_1 / s_r)``; multiplying by tau
+    once more shrinks that error by the square of the gap to the dropped directions.
     """
     left, _ = jnp.linalg.qr(jnp.einsum("lpq,lqr->lpr", tall, right, precision=HIGHEST))
     images = jnp.einsum("lpq,lpr->lqr", tall, left, precision=HIGHEST)
@@ -120,7 +183,7 @@ def _relative_error(
     tall: Float[Array, "layers p q"],
     left: Float[Array, "layers p r"],
     right: Float[Array, "layers q r"],
-) -> Float[Array, "layers"]:
+) -> Float[Array, " layers"]:
     rest = tall - jnp.einsum("lpr,lqr->lpq", left, right, precision=HIGHEST)
     norm = jnp.linalg.norm(tall, axis=(-1, -2))
     return jnp.where(norm > 0, jnp.linalg.norm(rest, axis=(-1, -2)) / norm, 0.0)
@@ -137,8 +200,8 @@ def factorise(
         rank: upper limit for the number of directions, or None.
 
     Returns:
-        u (..., m, r), v (..., n, r), float32, with r the largest rank over the layers, and the relative
-        reconstruction error (...).
+        u (..., m, r), v (..., n, r), float32, with r the largest rank over the layers, and the
+        relative reconstruction error (...).
     """
     tau = jnp.asarray(tau, jnp.float32)
     *batch, m, n = tau.shape
@@ -148,7 +211,8 @@ def factorise(
     kept = 0
     if layers and bool(jnp.any(stack != 0)):
         vectors, values = _directions(tall)
-        kept = int((np.asarray(values) > np.reshape(floor, (layers, 1))).sum(axis=-1).max())
+        floors = np.maximum(np.reshape(floor, layers), np.asarray(_own_rounding(tall)))
+        kept = int((np.asarray(values) > floors[:, None]).sum(axis=-1).max())
         kept = kept if rank is None else min(kept, rank)
     if kept == 0:
         left = jnp.zeros((layers, tall.shape[1], 0), jnp.float32)

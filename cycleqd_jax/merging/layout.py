@@ -1,7 +1,8 @@
 """The static shape of a spectral genotype: which gains there are and which expert owns each.
 
-Operators that only draw or mask gains need no factor arrays. They are built from a ``GainLayout``, which is
-hashable, holds no array and therefore never ends up as a constant inside a compiled function.
+Operators that only draw or mask gains need no factor arrays. They are built from a
+``GainLayout``, which is hashable, holds no array and therefore never ends up as a constant inside
+a compiled function.
 """
 
 import dataclasses
@@ -22,8 +23,8 @@ class LeafLayout:
     Attributes:
         role: "matrix" (one gain a singular direction) or "vector" (one gain an expert).
         batch_shape: leading axes of the leaf, the stacked layers.
-        ranks: block sizes, one an expert; the gain vector is the blocks one after another. A vector leaf has
-            blocks of one.
+        ranks: block sizes, one an expert; the gain vector is the blocks one after another. A
+            vector leaf has blocks of one.
     """
 
     role: Role

@@ -1,15 +1,19 @@
 """The spectral genotype space: a merged model as gains over the experts' singular directions.
 
-Every matrix of expert e has a task vector ``tau_e = sum_i u_i v_i^T`` over its singular directions (the singular
-value lives in one of the two factors). A genotype is one gain for each direction,
+Every matrix of expert e has a task vector ``tau_e = sum_i u_i v_i^T`` over its singular
+directions (the singular value lives in one of the two factors). A genotype is one gain for each
+direction,
 
-    W(g) = W_0 + U diag(g) V^T,    U = [U_1 .. U_E] (m, R),    V = [V_1 .. V_E] (n, R),    R = sum_e r_e,
+    W(g) = W_0 + U diag(g) V^T,    U = [U_1 .. U_E] (m, R),    V = [V_1 .. V_E] (n, R),    R =
+    sum_e r_e,
 
-and one gain for each expert on vector leaves. Expert e is the indicator of its block, the base is zero, and linear
-crossover and expert-SVD mutation never leave the space.
+and one gain for each expert on vector leaves. Expert e is the indicator of its block, the base is
+zero, and linear crossover and expert-SVD mutation never leave the space.
 
-Only one orthonormal factor is computed: with V orthonormal, ``U = tau V`` rebuilds tau to rounding for *any* V that
-spans its rows, so the poor conditioning of the Gram matrix ``tau^T tau`` does not enter the reconstruction.
+Only one orthonormal factor is computed: with V orthonormal, ``U = tau V`` rebuilds tau to
+    rounding for *any* V that
+spans its rows, so the poor conditioning of the Gram matrix ``tau^T tau`` does not enter the
+reconstruction.
 """
 
 from collections.abc import Sequence
@@ -33,13 +37,14 @@ from cycleqd_jax.merging.task_vector import (
 FLOAT32_EPS = float(np.finfo(np.float32).eps)
 
 
-@struct.dataclass
-class MatrixFactors:
-    """Rank-one terms of all experts for one matrix leaf, expert e's task vector being its block's ``u v^T``.
+class MatrixFactors(struct.PyTreeNode):
+    """Rank-one terms of all experts for one matrix leaf, expert e's task vector being its block's
+    ``u v^T``.
 
     Attributes:
         u: (..., m, R) float32.
-        v: (..., n, R) float32. Each direction's singular value is in u or in v; only the product matters.
+        v: (..., n, R) float32. Each direction's singular value is in u or in v; only the product
+            matters.
         ranks: block sizes r_e, one an expert, with sum R; static. An untouched matrix has rank 0.
     """
 
@@ -48,8 +53,7 @@ class MatrixFactors:
     ranks: tuple[int, ...] = struct.field(pytree_node=False)
 
 
-@struct.dataclass
-class VectorFactors:
+class VectorFactors(struct.PyTreeNode):
     """Task vectors of all experts for one vector leaf.
 
     Attributes:
@@ -60,7 +64,9 @@ class VectorFactors:
 
 
 SpectralBasis = Any
-"""Tree with the structure of the parameters and a ``MatrixFactors`` or ``VectorFactors`` at every leaf."""
+"""Tree with the structure of the parameters and a ``MatrixFactors`` or ``VectorFactors`` at every
+leaf.
+"""
 
 
 def _is_factors(node: Any) -> bool:
@@ -129,30 +135,36 @@ def decompose(
 ) -> tuple[SpectralBasis, DecompositionReport]:
     """Singular directions of every expert's task vector, all layers of a leaf at once.
 
-    With ``rank=None`` every direction above the rounding noise of the stored weights is kept, which is exact: what
-    is dropped is smaller than the last bit of the weights it would be added to. A LoRA expert (a rank-r matrix
-    added to float32 weights) so comes out at its own rank, and an untouched matrix at rank 0. The noise of a matrix
-    W is taken from ``base``; without it only directions below the last bit of the task vector itself are dropped,
-    and LoRA experts stay at full rank. A leaf has one rank an expert, the largest over its stacked layers.
+    With ``rank=None`` every direction above the rounding noise of the stored weights is kept,
+    which is exact: what is dropped is smaller than the last bit of the weights it would be added
+    to. A LoRA expert (a rank-r matrix added to float32 weights) so comes out at its own rank, and
+    an untouched matrix at rank 0. The noise of a matrix W is taken from ``base``; without it only
+    directions below the last bit of the task vector itself are dropped, and LoRA experts stay at
+    full rank. A leaf has one rank an expert, the largest over its stacked layers.
 
     Args:
-        task_vectors: E trees; matrix leaves (..., m, n), vector leaves (..., d). Any float dtype; the work is done
-            in float32.
+        task_vectors: E trees; matrix leaves (..., m, n), vector leaves (..., d). Any float dtype;
+            the work is done in float32.
         roles: tree of the same structure of "matrix" | "vector".
         rank: keep at most this many directions of each matrix and expert; None keeps all.
-        base: weights that the task vectors are added to (or their magnitudes), used for the noise only.
-        noise: relative rounding error of the stored weights. The default, float32's, is exact for bfloat16 weights
-            too. Pass ``jnp.finfo(jnp.bfloat16).eps`` for LoRA experts that were merged into bfloat16 weights: their
-            rounding noise is dropped with everything that is hidden under it, and the report says how much that is.
+        base: weights that the task vectors are added to (or their magnitudes), used for the noise
+            only.
+        noise: relative rounding error of the stored weights. The default, float32's, is exact for
+            bfloat16 weights too. Pass ``jnp.finfo(jnp.bfloat16).eps`` for LoRA experts that were
+            merged into bfloat16 weights: their rounding noise is dropped with everything that is
+            hidden under it, and the report says how much that is.
 
     Returns:
-        The basis, and a report of ranks and of what was dropped, measured against the given task vectors.
+        The basis, and a report of ranks and of what was dropped, measured against the given task
+        vectors.
 
     Raises:
-        ValueError: no task vectors, trees that differ, an unknown role, too few axes, or ``rank < 1``.
+        ValueError: no task vectors, trees that differ, an unknown role, too few axes, or ``rank <
+            1``.
     """
     _check_inputs(task_vectors, roles, rank, base)
-    role_leaves, treedef = jax.tree.flatten(roles)
+    treedef: Any = jax.tree.structure(roles)
+    role_leaves = jax.tree.leaves(roles)
     paths = leaf_paths(roles)
     columns = list(zip(*(jax.tree.leaves(tau) for tau in task_vectors), strict=True))
     weights = columns if base is None else [(w,) * len(task_vectors) for w in jax.tree.leaves(base)]
@@ -162,7 +174,7 @@ def decompose(
     for path, role, taus, stored in zip(paths, role_leaves, columns, weights, strict=True):
         if role == "vector":
             stacked = jnp.stack([jnp.asarray(t, jnp.float32) for t in taus], axis=-2)
-            nodes.append(VectorFactors(stacked))
+            nodes.append(VectorFactors(delta=stacked))
             continue
         blocks = [
             factorise(t, noise_floor(w, noise), rank) for t, w in zip(taus, stored, strict=True)
@@ -186,7 +198,9 @@ def zero_gains(basis: SpectralBasis | GainLayout) -> Any:
 
 
 def expert_gains(basis: SpectralBasis | GainLayout, expert: int | jax.Array) -> Any:
-    """Gains of one expert, the indicator of its blocks. Raises ``ValueError`` if it does not exist."""
+    """Gains of one expert, the indicator of its blocks. Raises ``ValueError`` if it does not
+    exist.
+    """
     return gain_layout(basis).indicator(expert)
 
 
@@ -216,10 +230,11 @@ def _weighted_sum(
 
 
 def expand(basis: SpectralBasis, gains: Any) -> Any:
-    """Task vector of a genotype: ``sum_i g_i u_i v_i^T`` a matrix, ``sum_e g_e delta_e`` a vector; float32.
+    """Task vector of a genotype: ``sum_i g_i u_i v_i^T`` a matrix, ``sum_e g_e delta_e`` a
+    vector; float32.
 
-    Pass the basis as an argument of the function you jit; a closure would embed it as a constant. For a population,
-    ``jax.vmap(expand, in_axes=(None, 0))``.
+    Pass the basis as an argument of the function you jit; a closure would embed it as a constant.
+    For a population, ``jax.vmap(expand, in_axes=(None, 0))``.
     """
 
     def leaf(g: Any, factors: Any) -> jax.Array:

@@ -1,7 +1,8 @@
 """Task vectors: what fine-tuning added to the base, as a tree of float32 arrays.
 
-A *task vector* is ``tau = theta - theta_0`` (Ilharco et al., arXiv 2212.04089). Everything here works on any pytree; a
-tree of roles, never a leaf's name or number of dimensions, says which leaves are matrices.
+A *task vector* is ``tau = theta - theta_0`` (Ilharco et al., arXiv 2212.04089). Everything here
+works on any pytree; a tree of roles, never a leaf's name or number of dimensions, says which
+leaves are matrices.
 """
 
 from collections.abc import Mapping
@@ -30,7 +31,9 @@ def check_same_structure(a: Any, b: Any, name_a: str = "first", name_b: str = "s
     Raises:
         ValueError: a leaf of one tree is missing in the other (named), or the containers differ.
     """
-    if jax.tree.structure(a) == jax.tree.structure(b):
+    expected: Any = jax.tree.structure(a)
+    found: Any = jax.tree.structure(b)
+    if expected == found:
         return
     paths_a, paths_b = _by_path(a), _by_path(b)
     for path in paths_a:
@@ -38,10 +41,12 @@ def check_same_structure(a: Any, b: Any, name_a: str = "first", name_b: str = "s
             raise ValueError(f"leaf '{path}' of {name_a} is missing in {name_b}")
     for path in paths_b:
         if path not in paths_a:
-            raise ValueError(f"leaf '{path}' of {name_b} is not expected: {name_a} has no such leaf")
+            raise ValueError(
+                f"leaf '{path}' of {name_b} is not expected: {name_a} has no such leaf"
+            )
     raise ValueError(
         f"{name_a} and {name_b} have the same leaves in different containers: "
-        f"expected {jax.tree.structure(a)}, found {jax.tree.structure(b)}"
+        f"expected {expected}, found {found}"
     )
 
 
@@ -51,7 +56,8 @@ def check_same_tree(a: Any, b: Any, name_a: str = "first", name_b: str = "second
     Args:
         a: the tree that is expected (arrays or anything with a ``shape``).
         b: the tree that is checked.
-        name_a, name_b: what to call them in the error.
+        name_a: what to call the first in the error.
+        name_b: what to call the second.
 
     Raises:
         ValueError: names the first leaf that is missing, unexpected or misshapen, with both shapes.
@@ -73,7 +79,8 @@ def task_vector(theta: Any, base: Any) -> Any:
         base: parameters of the base, same tree and shapes.
 
     Returns:
-        Tree of float32 arrays: bfloat16 weights are subtracted in float32, so nothing is rounded again.
+        Tree of float32 arrays: bfloat16 weights are subtracted in float32, so nothing is rounded
+            again.
 
     Raises:
         ValueError: the trees differ; the message names the leaf.

@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from cycleqd_jax.models import kernels
 from cycleqd_jax.models.specs import LayerParams, LeafSpec, LlamaConfig, LlamaParams, leaf_table
 
 __all__ = ["LayerParams", "LlamaParams", "forward", "init_params"]
+
+_UNROLL_LIMIT = 8
 
 
 def init_params(key: Array, config: LlamaConfig) -> LlamaParams:
@@ -48,8 +50,17 @@ def forward(
         return layer_output(x, mixed, weights, config, rows), None
 
     x = kernels.embed(tokens, params.embed, rows)
-    x, _ = lax.scan(layer, x, params.layers)
+    x, _ = lax.scan(layer, x, params.layers, unroll=layer_unroll(config))
     return logits_of(x, params, config, rows)
+
+
+def layer_unroll(config: LlamaConfig) -> int:
+    """How many layers `lax.scan` writes out: all of a shallow model, one of a deep one.
+
+    A loop saves every layer's residuals into stacked arrays for the backward pass, which costs a
+    tiny model as much as its matrix products; deep models want the short compilation.
+    """
+    return config.num_layers if config.num_layers <= _UNROLL_LIMIT else 1
 
 
 def rms_norm(x: Float[Array, "batch time d"], weight: Array, eps: float) -> Array:
@@ -112,19 +123,28 @@ def attend(
     q: Float[Array, "batch time heads d"],
     k: Float[Array, "batch keys kv_heads d"],
     v: Float[Array, "batch keys kv_heads d"],
-    mask: Array,
-) -> Float[Array, "batch time heads*d"]:
+    mask: Bool[Array, "time keys"],
+) -> Float[Array, "batch time heads_d"]:
     """Softmax attention; query heads share key heads in groups, keys are never repeated.
 
-    `mask` (time, keys) or (batch, 1, 1, time, keys) is True where a query may look.
+    `mask` is True where a query may look. Queries of a group are stacked along time, so that a
+    group's scores are one matrix product per (row, key head).
     """
     batch, time, heads, d = q.shape
-    kv_heads = k.shape[2]
-    grouped = q.reshape(batch, time, kv_heads, heads // kv_heads, d)
-    scores = jnp.einsum("bthgd,bshd->bhgts", grouped, k, preferred_element_type=jnp.float32)
+    keys, kv_heads = k.shape[1:3]
+    group = heads // kv_heads
+    queries = q.reshape(batch, time, kv_heads, group, d).transpose(0, 2, 3, 1, 4)
+    queries = queries.reshape(batch, kv_heads, group * time, d)
+    keys_first, values_first = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
+    scores = jnp.einsum(
+        "bkqd,bksd->bkqs", queries, keys_first, preferred_element_type=jnp.float32
+    ).reshape(batch, kv_heads, group, time, keys)
     scores = jnp.where(mask, scores * (d**-0.5), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhgts,bshd->bthgd", weights, v).reshape(batch, time, heads * d)
+    mixed = jnp.einsum(
+        "bkqs,bksd->bkqd", weights.reshape(batch, kv_heads, group * time, keys), values_first
+    ).reshape(batch, kv_heads, group, time, d)
+    return mixed.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads * d)
 
 
 def layer_output(

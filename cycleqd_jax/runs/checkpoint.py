@@ -1,18 +1,19 @@
 """Checkpoints of a run: any pytree plus JSON counters, exact, atomic, and checked when read back.
 
 Orbax writes and renames the folders. A checkpoint is two items: ``state``, the tree's leaves, and
-``index``, JSON with every leaf's path, shape, dtype and checksum, the static fields, and the counters.
-The index lets a restore take the shapes from the checkpoint (a pool of genotypes may have grown since
-the template was made), hold the structure against the template, and notice damage.
+``index``, JSON with every leaf's path, shape, dtype and checksum, the static fields and the
+counters. The index lets a restore take the shapes from the checkpoint (a pool of genotypes may have
+grown since the template was made), hold the structure against the template, and notice damage.
 """
 
+import json
 import shutil
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -102,12 +103,16 @@ class Checkpoints:
         if latest is not None and generation <= latest:
             if generation in self.generations():
                 return False
-            raise ValueError(f"checkpoint: expected a generation after {latest}, found {generation}")
+            raise ValueError(
+                f"checkpoint: expected a generation after {latest}, found {generation}"
+            )
         leaves = named_leaves(state)
         arrays = [to_numpy(leaf, name) for name, leaf in leaves]
         index = {
             "format": _FORMAT,
-            "leaves": [leaf_index(name, leaf, a) for (name, leaf), a in zip(leaves, arrays)],
+            "leaves": [
+                leaf_index(name, leaf, a) for (name, leaf), a in zip(leaves, arrays, strict=True)
+            ],
             "static": static_fields(state),
             "counters": to_json(counters, "counters"),
         }
@@ -128,6 +133,7 @@ class Checkpoints:
         Args:
             template: a tree of the state's structure, types, static fields, dtypes and ranks; its
                 shapes and values do not matter.
+            generation: which one to read; the newest by default.
 
         Raises:
             CheckpointError: if every checkpoint is damaged, if the one asked for is damaged or does
@@ -144,7 +150,7 @@ class Checkpoints:
         for step in reversed(self.generations()):
             try:
                 return self._read(step, template)
-            except _Damaged as error:
+            except _DamagedError as error:
                 damaged.append(str(error))
                 self._set_aside(step, str(error))
         if damaged:
@@ -158,7 +164,7 @@ class Checkpoints:
         """Releases Orbax's threads."""
         self._manager.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(
@@ -170,9 +176,9 @@ class Checkpoints:
         self.close()
 
     def _write(self, generation: int, arrays: list[np.ndarray], index: dict[str, Any]) -> None:
-        # Storage has no empty arrays (a matrix no expert touched has rank 0); the index rebuilds them.
+        # Storage has no empty arrays (a matrix no expert touched has rank 0): the index keeps them.
         stored = {_key(i): a for i, a in enumerate(arrays) if a.size}
-        items = {"index": ocp.args.JsonSave({**index, "checksum": checksum_of(index)})}
+        items = {"index": ocp.args.JsonSave({**index, "checksum": _checksum_of(index)})}
         if stored:
             items["state"] = ocp.args.StandardSave(stored)
         self._manager.save(generation, args=ocp.args.Composite(**items))
@@ -183,7 +189,8 @@ class Checkpoints:
         wrong = mismatches(template, index["leaves"], index["static"])
         if wrong:
             raise CheckpointError(
-                f"{self.folder / _name(generation)} is of another structure than this program's state:\n"
+                f"{self.folder / _name(generation)} is of another structure than this program's "
+                "state:\n"
                 + "".join(f"  {line}\n" for line in wrong)
                 + "Resume with the code and settings that wrote it, or start in another folder"
             )
@@ -196,10 +203,10 @@ class Checkpoints:
                 generation, args=ocp.args.Composite(index=ocp.args.JsonRestore())
             )["index"]
             found = index.pop("checksum")
-            if found != checksum_of(index):
+            if found != _checksum_of(index):
                 raise ValueError("the checksum of its index is wrong")
         except Exception as error:
-            raise _Damaged(self.folder / _name(generation), error) from error
+            raise _DamagedError(self.folder / _name(generation), error) from error
         if index["format"] != _FORMAT:
             raise CheckpointError(
                 f"{self.folder / _name(generation)}: expected checkpoint format {_FORMAT}, "
@@ -208,20 +215,18 @@ class Checkpoints:
         return dict(index)
 
     def _read_arrays(self, generation: int, leaves: list[dict[str, Any]]) -> list[np.ndarray]:
-        targets = {
-            _key(i): np.empty(leaf["shape"], leaf["dtype"]) for i, leaf in enumerate(leaves)
-        }
+        targets = {_key(i): np.empty(leaf["shape"], leaf["dtype"]) for i, leaf in enumerate(leaves)}
         stored = {key: target for key, target in targets.items() if target.size}
         try:
             if stored:
                 restore = ocp.args.Composite(state=ocp.args.StandardRestore(stored))
                 targets.update(self._manager.restore(generation, args=restore)["state"])
             arrays = [np.asarray(targets[_key(i)]) for i in range(len(leaves))]
-            for leaf, array in zip(leaves, arrays):
+            for leaf, array in zip(leaves, arrays, strict=True):
                 if checksum(array) != leaf["checksum"]:
                     raise ValueError(f"the checksum of {leaf['path']} is wrong")
         except Exception as error:
-            raise _Damaged(self.folder / _name(generation), error) from error
+            raise _DamagedError(self.folder / _name(generation), error) from error
         return arrays
 
     def _set_aside(self, generation: int, why: str) -> None:
@@ -242,16 +247,13 @@ class Checkpoints:
         self._manager.reload()
 
 
-class _Damaged(Exception):
+class _DamagedError(Exception):
     def __init__(self, path: Path, error: Exception):
         reason = " ".join(str(error).split())[:300]
         super().__init__(f"the checkpoint {path} is damaged ({type(error).__name__}: {reason})")
 
 
-def checksum_of(index: Mapping[str, Any]) -> int:
-    """Checksum of the index without its own checksum."""
-    import json
-
+def _checksum_of(index: Mapping[str, Any]) -> int:
     return checksum(np.frombuffer(json.dumps(index, sort_keys=True).encode(), np.uint8))
 
 

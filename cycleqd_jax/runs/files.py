@@ -1,8 +1,8 @@
-"""Files that are whole or untouched: atomic writes, JSON of run data, and clear words on a full disk.
+"""Files that are whole or untouched: atomic writes, JSON of run data, clear words on a full disk.
 
-JSON has no NaN and no infinity. Run data may hold both (a score that is not finite is recorded), so
-they are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which `from_json` turns
-back into floats. A real string with one of these spellings is refused on writing.
+JSON has no NaN and no infinity. Run data may hold both (a score that is not finite is recorded),
+so they are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which `from_json`
+turns back into floats. A real string with one of these spellings is refused on writing.
 """
 
 import errno
@@ -26,11 +26,11 @@ class NoSpaceError(OSError):
 
 
 def to_json(value: Any, where: str = "value") -> Any:
-    """The value in plain JSON types: arrays as lists, paths as strings, non-finite floats as strings.
+    """The value in plain JSON types: arrays as lists, paths and non-finite floats as strings.
 
     Raises:
-        ValueError: for a type JSON cannot hold, a key that is no string, or a string spelled like an
-            encoded non-finite float; the message names the entry.
+        ValueError: for a type JSON cannot hold, a key that is no string, or a string spelled like
+            an encoded non-finite float; the message names the entry.
     """
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -42,14 +42,17 @@ def to_json(value: Any, where: str = "value") -> Any:
         return value if math.isfinite(value) else _spell(value)
     if isinstance(value, str):
         if value in _NON_FINITE:
-            raise ValueError(f"{where}: the string {value!r} is reserved for the float of that name")
+            raise ValueError(
+                f"{where}: the string {value!r} is reserved for the float of that name"
+            )
         return value
     if isinstance(value, Mapping):
         return {_key(k, where): to_json(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, (list, tuple)):
         return [to_json(item, f"{where}[{i}]") for i, item in enumerate(value)]
     raise ValueError(
-        f"{where}: expected numbers, strings, lists, mappings or arrays, found {type(value).__name__}"
+        f"{where}: expected numbers, strings, lists, mappings or arrays, "
+        f"found {type(value).__name__}"
     )
 
 
@@ -76,7 +79,7 @@ def _key(key: Any, where: str) -> str:
 
 @contextmanager
 def explain_no_space(path: Path) -> Iterator[None]:
-    """Turns a full disk met inside the block into a `NoSpaceError` that names `path` and free bytes."""
+    """Turns a full disk met inside the block into a `NoSpaceError` with `path` and free bytes."""
     try:
         yield
     except Exception as error:

@@ -1,5 +1,6 @@
 """The folder of one run: where everything lies, whose run it is, and who may write to it now."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -7,15 +8,21 @@ import socket
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from cycleqd_jax.runs.files import explain_no_space, from_json, read_json, to_json, write_json_atomic
+from cycleqd_jax.runs.files import (
+    explain_no_space,
+    from_json,
+    read_json,
+    to_json,
+    write_json_atomic,
+)
 
 _ABSENT = object()
 
 
 class RunFolderError(ValueError):
-    """The folder cannot serve this run; the message says why and what to do. Nothing was changed."""
+    """The folder cannot serve this run; the message says why and what to do. Nothing is lost."""
 
 
 class RunFolder:
@@ -37,8 +44,8 @@ class RunFolder:
         self._lock: int | None = lock
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> Self:
-        """Creates the folder and writes its config, or takes up the run of equal config found there.
+    def open(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> "RunFolder":
+        """Creates the folder and writes its config, or takes up the run of equal config there.
 
         Raises:
             RunFolderError: if the path is a file, is not writable, is in use by another process,
@@ -62,7 +69,7 @@ class RunFolder:
             _unlock(self._lock)
             self._lock = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(
@@ -122,11 +129,15 @@ class RunFolder:
 def _refuse_foreign(path: Path) -> None:
     """Refuses a file, and a folder of other things, before anything is written there."""
     if path.exists() and not path.is_dir():
-        raise RunFolderError(f"{path}: expected a folder for the run, found a file; name another path")
+        raise RunFolderError(
+            f"{path}: expected a folder for the run, found a file; name another path"
+        )
     if not path.exists() or (path / "config.json").exists():
         return
     # What a run leaves behind that was killed before its config was written is no stranger.
-    strangers = sorted(p.name for p in path.iterdir() if not p.name.startswith((".lock", ".config")))
+    strangers = sorted(
+        p.name for p in path.iterdir() if not p.name.startswith((".lock", ".config"))
+    )
     if strangers:
         shown = ", ".join(strangers[:5]) + (", …" if len(strangers) > 5 else "")
         raise RunFolderError(
@@ -149,7 +160,9 @@ def _create_and_lock(path: Path) -> int:
         ) from error
     except OSError as error:
         if error.errno == errno.EROFS:
-            raise RunFolderError(f"{path}: its file system is read-only; name another path") from error
+            raise RunFolderError(
+                f"{path}: its file system is read-only; name another path"
+            ) from error
         raise
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -160,10 +173,8 @@ def _create_and_lock(path: Path) -> int:
             f"{path}: in use by {owner}; wait for it, end it, or name another folder"
         ) from error
     os.ftruncate(lock, 0)
-    try:
+    with contextlib.suppress(OSError):  # a courtesy: on a full disk the lock holds without it
         os.pwrite(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    except OSError:
-        pass  # the note is a courtesy: on a full disk the lock holds without it
     return lock
 
 
@@ -195,7 +206,7 @@ def _claim(path: Path, wanted: Mapping[str, Any]) -> bool:
 
 
 def differing_keys(found: Any, wanted: Any) -> list[str]:
-    """One line a setting that differs: ``training.steps: expected 200, found 100``; sorted by key."""
+    """A line for every setting that differs (``training.steps: expected 200, found 100``)."""
     flat_found, flat_wanted = dict(_flatten(found)), dict(_flatten(wanted))
     lines = []
     for key in sorted(flat_found.keys() | flat_wanted.keys()):

@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from cycleqd_jax.runs.files import atomic_file, explain_no_space, from_json, to_json
 
@@ -22,7 +22,7 @@ class JsonlWriter:
     def __init__(self, path: Path):
         self.path = path
         with explain_no_space(path):
-            self._file = open(path, "a+b", buffering=0)  # closed by `close`
+            self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  (`close` closes it)
         size = self._file.seek(0, os.SEEK_END)
         whole = _whole_size(self._file.fileno(), size)
         if whole < size:
@@ -56,7 +56,7 @@ class JsonlWriter:
         """Closes the log; more than once is fine."""
         self._file.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "JsonlWriter":
         return self
 
     def __exit__(
@@ -78,7 +78,7 @@ def read_jsonl(path: Path) -> list[Row]:
 
 
 def keep_rows(path: Path, keep: Callable[[Row], bool]) -> int:
-    """Rewrites the log, atomically, with only the rows `keep` holds true for; returns how many went.
+    """Rewrites the log, atomically, with only the rows `keep` accepts; returns how many went.
 
     Call it before a `JsonlWriter` is opened on the file.
     """

@@ -34,7 +34,9 @@ def to_numpy(leaf: Any, name: str) -> np.ndarray:
         leaf = jax.random.key_data(leaf)
     if isinstance(leaf, jax.Array):
         if not (leaf.is_fully_addressable or leaf.is_fully_replicated):
-            raise ValueError(f"{name}: expected an array this host holds whole, found {leaf.sharding}")
+            raise ValueError(
+                f"{name}: expected an array this host holds whole, found {leaf.sharding}"
+            )
         return np.asarray(leaf)
     if isinstance(leaf, (np.ndarray, np.generic, bool, int, float)):
         array = np.asarray(leaf)
@@ -49,7 +51,7 @@ def checksum(array: np.ndarray) -> int:
 
 
 def leaf_index(name: str, leaf: Any, array: np.ndarray) -> dict[str, Any]:
-    """What is written about a leaf: its path, kind, and the shape, dtype and checksum of its array."""
+    """What is written about a leaf: path, kind, and its array's shape, dtype and checksum."""
     return {
         "path": name,
         "kind": _kind(leaf),
@@ -102,7 +104,7 @@ def mismatches(
 
 
 def rebuild(template: Any, arrays: Sequence[np.ndarray]) -> Any:
-    """A tree of the template's structure, leaf types and static fields around the arrays' values."""
+    """A tree of the template's structure, leaf types and static fields with the arrays' values."""
     leaves, structure = jax.tree.flatten(template)
     return jax.tree.unflatten(structure, [_like(t, a) for t, a in zip(leaves, arrays, strict=True)])
 

@@ -93,7 +93,7 @@ def make_problem(rng: random.Random, difficulty: int) -> ShellProblem:
     return ShellProblem(
         prompt=prompt,
         answers=(command,),
-        document=f"$ {command}\n# {prompt}",
+        document=f"# {prompt}\n$ {command}",
         kind=goals[-1].kind,
         tree=tree,
         prints=prints,

@@ -1,0 +1,49 @@
+"""Crossover: two parents' task vectors (or gains) become one child's."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import Partial
+
+Crossover = Callable[[jax.Array, Any, Any], Any]
+"""``(key, first parent, second parent) -> child``: three trees of one structure, no batch axis."""
+
+SMALLEST_WEIGHT_SUM = 1e-6
+
+
+def linear_crossover(mean: float = 1.0, std: float = 0.1) -> Crossover:
+    """Normalised linear merge of CycleQD: ``(w1 a + w2 b) / (w1 + w2)`` with ``w_i ~ N(mean,
+    std^2)``.
+
+    One pair of weights for the whole model; negative weights are allowed. When ``|w1 + w2| <
+    1e-6`` the child is the parents' mean. The same formula serves task vectors and gains (Kuroki
+    et al., arXiv 2410.14735, section 3).
+
+    Args:
+        mean: mean of a parent's weight.
+        std: its standard deviation, not negative.
+
+    Returns:
+        A crossover that keeps the dtype of the first parent's leaves and computes in float32.
+
+    Raises:
+        ValueError: ``std`` is negative.
+    """
+    if std < 0:
+        raise ValueError(f"std of the merge weights must not be negative, found {std}")
+    return Partial(_linear, mean, std)
+
+
+def _linear(mean: Any, std: Any, key: jax.Array, a: Any, b: Any) -> Any:
+    weights = mean + std * jax.random.normal(key, (2,), jnp.float32)
+    total = weights[0] + weights[1]
+    defined = jnp.abs(total) >= SMALLEST_WEIGHT_SUM
+    share = jnp.where(defined, weights / jnp.where(defined, total, 1.0), 0.5)
+
+    def merge(x: jax.Array, y: jax.Array) -> jax.Array:
+        child = share[0] * x.astype(jnp.float32) + share[1] * y.astype(jnp.float32)
+        return child.astype(x.dtype)
+
+    return jax.tree.map(merge, a, b)

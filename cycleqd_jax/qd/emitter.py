@@ -1,0 +1,201 @@
+"""The CycleQD emitter: select two parents, merge them, mutate the child.
+
+Selector, crossover, mutation and schedule are plain parts; swap any of them with a function (or a
+small class for the selector) of your own.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jax.tree_util import Partial, all_leaves
+from jaxtyping import Array, Int
+from qdax.core.emitters.emitter import Emitter, EmitterState
+from qdax.core.emitters.repertoire_selectors.selector import Selector
+
+from cycleqd_jax.merging.crossover import Crossover
+from cycleqd_jax.merging.mutation import Mutation
+from cycleqd_jax.qd.repertoire import CyclicRepertoire
+from cycleqd_jax.qd.schedule import Schedule, cycle_per_generation
+
+
+class CycleQDState(EmitterState):
+    """State of the emitter.
+
+    Attributes:
+        generation: int32 scalar, generations told so far.
+    """
+
+    generation: Any
+
+
+class Offspring(struct.PyTreeNode):
+    """A batch of children.
+
+    Attributes:
+        genotypes: tree with leaves (B, ...).
+        parents: (B, 2) int32 pool indices at the time of birth; an index may be given to another
+            elite later.
+        archive: (B,) int32, the archive each child was bred in.
+    """
+
+    genotypes: Any
+    parents: Any
+    archive: Any
+
+
+def _as_pytree(operator: Callable[..., Any]) -> Any:
+    # An operator that is a pytree (a Partial, a struct with __call__) brings its arrays as
+    # arguments of the compiled function; a plain function is static.
+    return Partial(operator) if all_leaves([operator]) else operator
+
+
+@partial(jax.jit, static_argnames=("selector", "schedule", "experts", "batch_size"))
+def breed(
+    repertoire: CyclicRepertoire,
+    generation: Int[Array, ""],
+    key: jax.Array,
+    crossover: Any,
+    mutation: Any,
+    *,
+    selector: Selector,
+    schedule: Schedule,
+    experts: tuple[int, ...],
+    batch_size: int,
+) -> Offspring:
+    """One batch of children; every child has its own key, split once for selection, crossover and
+    mutation.
+
+    Args:
+        repertoire: where parents come from.
+        generation: counter for the schedule.
+        key: random key.
+        crossover: pytree callable, see ``cycleqd_jax.merging.crossover``.
+        mutation: pytree callable, see ``cycleqd_jax.merging.mutation``.
+        selector: draws parents from an index view of an archive; hashable.
+        schedule: which archive each child is bred in.
+        experts: expert whose directions a child of archive k is mutated along, one an archive.
+        batch_size: number of children B.
+    """
+    archive = schedule(generation, batch_size, repertoire.num_archives)
+    expert = jnp.asarray(experts, jnp.int32)[archive]
+
+    def draw(child_key: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        select_key, crossover_key, mutation_key = jax.random.split(child_key, 3)
+        view = selector.select(repertoire.index_archive(k), select_key, 2)
+        return view.genotypes, crossover_key, mutation_key
+
+    parents, crossover_keys, mutation_keys = jax.vmap(draw)(
+        jax.random.split(key, batch_size), archive
+    )
+    first, second = repertoire.gather(parents[:, 0]), repertoire.gather(parents[:, 1])
+    children = jax.vmap(crossover)(crossover_keys, first, second)
+    children = jax.vmap(mutation)(mutation_keys, children, expert)
+    return Offspring(genotypes=children, parents=parents, archive=archive)
+
+
+class CycleQDEmitter(Emitter):
+    """QDax emitter of CycleQD (Kuroki et al., ICLR 2025, arXiv 2410.14735)."""
+
+    def __init__(
+        self,
+        selector: Selector,
+        crossover: Crossover,
+        mutation: Mutation,
+        batch_size: int,
+        num_archives: int,
+        *,
+        schedule: Schedule = cycle_per_generation,
+        expert_of_archive: Sequence[int] | None = None,
+    ) -> None:
+        """Put the parts together.
+
+        Args:
+            selector: draws two parents from one archive; any QDax selector, hashable.
+            crossover: ``(key, a, b) -> child``. A pytree that is callable
+                (``jax.tree_util.Partial``) hands its arrays over as arguments; arrays in a plain
+                closure become constants of the compiled function.
+            mutation: ``(key, genotype, expert) -> genotype``, likewise.
+            batch_size: children a generation.
+            num_archives: K, the repertoire's number of archives.
+            schedule: which archive each child is bred in.
+            expert_of_archive: expert whose directions serve archive k; default: expert k.
+
+        Raises:
+            ValueError: a batch below 1, fewer than two archives, or not one expert an archive.
+        """
+        if batch_size < 1:
+            raise ValueError(f"expected a batch of at least 1 child, found {batch_size}")
+        if num_archives < 2:
+            raise ValueError(f"expected at least 2 archives, found {num_archives}")
+        experts = tuple(range(num_archives) if expert_of_archive is None else expert_of_archive)
+        if len(experts) != num_archives:
+            raise ValueError(
+                f"expert_of_archive: expected {num_archives} experts, one an archive, "
+                f"found {len(experts)}"
+            )
+        self._selector = selector
+        self._crossover = _as_pytree(crossover)
+        self._mutation = _as_pytree(mutation)
+        self._batch_size = batch_size
+        self._schedule = schedule
+        self._experts = tuple(int(e) for e in experts)
+
+    def init(  # noqa: PLR0917  # QDax's signature
+        self,
+        key: jax.Array,
+        repertoire: Any,
+        genotypes: Any,
+        fitnesses: Any,
+        descriptors: Any,
+        extra_scores: Any,
+    ) -> CycleQDState:
+        """State at generation 0; raises ``ValueError`` if the number of archives is another."""
+        if repertoire.num_archives != len(self._experts):
+            raise ValueError(
+                f"the emitter was made for {len(self._experts)} archives, the repertoire has "
+                f"{repertoire.num_archives}"
+            )
+        return CycleQDState(generation=jnp.zeros((), jnp.int32))
+
+    def emit(
+        self, repertoire: Any, emitter_state: Any, key: jax.Array
+    ) -> tuple[Any, dict[str, Any]]:
+        """Breed a batch.
+
+        Returns:
+            Children, leaves (B, ...), and ``{"parents": (B, 2), "archive": (B,)}`` as in
+            `Offspring`.
+        """
+        children = breed(
+            repertoire,
+            emitter_state.generation,
+            key,
+            self._crossover,
+            self._mutation,
+            selector=self._selector,
+            schedule=self._schedule,
+            experts=self._experts,
+            batch_size=self._batch_size,
+        )
+        return children.genotypes, {"parents": children.parents, "archive": children.archive}
+
+    def state_update(  # noqa: PLR0917  # QDax's signature
+        self,
+        emitter_state: Any,
+        repertoire: Any = None,
+        genotypes: Any = None,
+        fitnesses: Any = None,
+        descriptors: Any = None,
+        extra_scores: Any = None,
+    ) -> CycleQDState:
+        """Count one generation."""
+        return CycleQDState(generation=emitter_state.generation + 1)
+
+    @property
+    def batch_size(self) -> int:
+        """Children a generation."""
+        return self._batch_size

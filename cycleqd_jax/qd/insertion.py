@@ -1,0 +1,115 @@
+"""The insertion rule of the cyclic archives, as pure functions of score tables.
+
+1. A row with any score that is not finite never enters and never blocks a rival.
+2. In every archive the best row of the batch competes for its cell; on a tie the first row.
+3. It enters if the cell is empty or its quality is strictly better than the incumbent's.
+4. A row that enters at least one archive takes one slot of the pool; slots no cell points at are
+free.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int
+
+from cycleqd_jax.qd.grid import Grid, cell_of
+
+EMPTY = -1
+
+
+class Decision(struct.PyTreeNode):
+    """Which rows of a batch enter which cells.
+
+    Attributes:
+        entrant: (K, C) int32 row of the batch that takes the cell, or -1.
+        accepted: (B,) bool, the row enters at least one archive.
+        used: (P,) bool, the slot is still pointed at by a cell that keeps its elite.
+    """
+
+    entrant: Any
+    accepted: Any
+    used: Any
+
+    @property
+    def slots_needed(self) -> jax.Array:
+        """Size of a pool that holds the elites that stay and those that enter, int32 scalar."""
+        return jnp.sum(self.used, dtype=jnp.int32) + jnp.sum(self.accepted, dtype=jnp.int32)
+
+
+def occupied_slots(cells: Int[Array, "tasks cells"], capacity: int) -> Bool[Array, " capacity"]:
+    """Mask of the pool's slots that some cell points at."""
+    # Index -1 would wrap around to the last slot: empty cells point one past the end and are
+    # dropped.
+    target = jnp.where(cells == EMPTY, capacity, cells).ravel()
+    return jnp.zeros(capacity, bool).at[target].set(True, mode="drop")
+
+
+def _entrants(
+    grid: Grid,
+    batch_scores: Float[Array, "batch tasks"],
+    valid: Bool[Array, " batch"],
+    incumbent: Float[Array, " cells"],
+    k: Int[Array, ""],
+) -> Int[Array, " cells"]:
+    rows = jnp.arange(batch_scores.shape[0], dtype=jnp.int32)
+    quality = jnp.where(valid, jnp.take(batch_scores, k, axis=1), -jnp.inf)
+    cell = cell_of(grid, batch_scores, k)
+    best = jax.ops.segment_max(quality, cell, num_segments=grid.num_cells)
+    winner = valid & (quality == best[cell])
+    last = rows.shape[0]
+    first = jax.ops.segment_min(jnp.where(winner, rows, last), cell, num_segments=grid.num_cells)
+    # A cell without rows gets the identity of min, a cell without valid rows gets `last`.
+    return jnp.where((first < last) & (best > incumbent), first, EMPTY)
+
+
+@jax.jit
+def decide(
+    grid: Grid,
+    scores: Float[Array, "capacity tasks"],
+    cells: Int[Array, "tasks cells"],
+    batch_scores: Float[Array, "batch tasks"],
+) -> Decision:
+    """Apply rules 1 to 3 in all archives.
+
+    Args:
+        grid: the cells.
+        scores: scores of the pool.
+        cells: pool index of each archive's cells, -1 = empty.
+        batch_scores: scores of the rows that are offered.
+    """
+    tasks = jnp.arange(grid.num_tasks, dtype=jnp.int32)
+    batch = batch_scores.shape[0]
+    valid = jnp.isfinite(batch_scores).all(axis=1)
+    qualities = scores.T[tasks[:, None], jnp.maximum(cells, 0)]
+    incumbents = jnp.where(cells == EMPTY, -jnp.inf, qualities)
+    entrant = jax.vmap(_entrants, in_axes=(None, None, None, 0, 0))(
+        grid, batch_scores, valid, incumbents, tasks
+    )
+    return Decision(
+        entrant=entrant,
+        accepted=occupied_slots(entrant, batch),
+        used=occupied_slots(jnp.where(entrant == EMPTY, cells, EMPTY), scores.shape[0]),
+    )
+
+
+def assign_slots(
+    decision: Decision, cells: Int[Array, "tasks cells"]
+) -> tuple[Int[Array, " batch"], Int[Array, "tasks cells"]]:
+    """Apply rule 4: a free slot for every accepted row, in order.
+
+    Needs ``decision.slots_needed <= P``.
+
+    Returns:
+        Slot of every row (P, one past the end, for rows that do not enter) and the new table of
+        cells.
+    """
+    capacity = decision.used.shape[0]
+    batch = decision.accepted.shape[0]
+    free = jnp.nonzero(~decision.used, size=min(batch, capacity), fill_value=capacity)[0]
+    place = jnp.cumsum(decision.accepted, dtype=jnp.int32) - 1
+    slot = jnp.where(decision.accepted, free[jnp.clip(place, 0, free.shape[0] - 1)], capacity)
+    slot = slot.astype(jnp.int32)
+    entered = decision.entrant != EMPTY
+    return slot, jnp.where(entered, slot[jnp.maximum(decision.entrant, 0)], cells)

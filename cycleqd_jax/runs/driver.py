@@ -1,0 +1,205 @@
+"""One run from start to finish: prepare, search, choose, test, report."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+
+from cycleqd_jax.merging.spectral import expert_gains, materialise
+from cycleqd_jax.progress import Progress
+from cycleqd_jax.runs.config import RunConfig
+from cycleqd_jax.runs.curves import plot_curves
+from cycleqd_jax.runs.evaluate import Evaluator
+from cycleqd_jax.runs.export import ModelCard, expert_coefficients, export_model
+from cycleqd_jax.runs.files import read_json, write_json_atomic
+from cycleqd_jax.runs.finalists import Choice, choose_finals, choose_uniform
+from cycleqd_jax.runs.folder import RunFolder
+from cycleqd_jax.runs.jsonl import read_jsonl
+from cycleqd_jax.runs.pictures import ArchivePicture, plot_archives
+from cycleqd_jax.runs.report import describe_gain, gain, results_table, summary
+from cycleqd_jax.runs.search import Search
+from cycleqd_jax.runs.workspace import Workspace, open_workspace
+from cycleqd_jax.sandbox import open_sandbox
+from cycleqd_jax.sandbox.memo import MemoSandbox
+
+# Problems of the search split that finalists meet for the first time are drawn with another seed.
+_FINAL_SEED = 1_000_003
+
+
+@dataclass
+class Clock:
+    """Seconds a phase took."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, phase: str) -> None:
+        """Add the time since the last lap to a phase."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
+
+
+def evolve(
+    config: RunConfig,
+    out: Path,
+    *,
+    train_seconds: float = 0.0,
+    command: str = "",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run CycleQD and write everything about it to ``out``; return the summary.
+
+    A folder that holds an unfinished run of the same config is resumed from its last checkpoint; a
+    finished one is only reported again.
+
+    Args:
+        config: what to run.
+        out: the run's folder, new or of the same config.
+        train_seconds: what making the experts took, for the summary.
+        command: what reproduces the run, for the model cards.
+        console: where tables go; by default the terminal's.
+
+    Raises:
+        ValueError: bad input, named (see `open_workspace` and `RunFolder.open`).
+        SandboxUnavailable: no safe way to run programs here.
+    """
+    console = console or Console()
+    with RunFolder.open(out, config.to_json()) as folder:
+        if folder.summary_file.exists():
+            done = read_json(folder.summary_file)
+            _show(console, done, folder)
+            return done
+        clock = Clock()
+        workspace = open_workspace(config)
+        console.print(
+            f"basis: rank {_ranks(workspace)} of {len(workspace.experts)} experts, retained energy "
+            f"{workspace.report.mean():.4f} (lowest {workspace.report.minimum():.4f})"
+        )
+        with MemoSandbox(open_sandbox(config.sandbox)) as sandbox:
+            evaluator = Evaluator(workspace, sandbox)
+            search = Search(workspace, evaluator, folder)
+            search.run()
+            clock.lap("evolve")
+            result = _finish(workspace, evaluator, search, folder, clock, train_seconds, command)
+        _show(console, result, folder)
+        return result
+
+
+def _finish(
+    workspace: Workspace,
+    evaluator: Evaluator,
+    search: Search,
+    folder: RunFolder,
+    clock: Clock,
+    train_seconds: float,
+    command: str,
+) -> dict[str, Any]:
+    """Choose the final models on ``search``, write them, score every row of the table on ``test``."""
+    config = workspace.config
+    problems = workspace.problems("search", config.final_problems, config.seed + _FINAL_SEED)
+    finals = choose_finals(workspace, evaluator, search.repertoire, problems)
+    uniform = choose_uniform(workspace, evaluator, problems)
+    clock.lap("evolve")
+    models = {"base": workspace.base}
+    models |= {f"expert/{name}": params for name, params in workspace.experts.items()}
+    chosen = {"merge/uniform": uniform, "cycleqd/best": finals.best, "cycleqd/aggregate": finals.aggregate}
+    build = jax.jit(materialise)
+    models |= {
+        name: build(workspace.base, workspace.basis, choice.gains)
+        for name, choice in chosen.items()
+    }
+    test = workspace.problems("test", config.test_problems, config.seed)
+    scores = {}
+    with Progress("test", len(models)) as progress:
+        for name, params in models.items():
+            row = evaluator.model(params, test).scores[0]
+            scores[name] = dict(zip(config.tasks, map(float, row), strict=True))
+            progress.advance(note=f"{name} {row.mean():.3f}")
+    for name, target in (("cycleqd/best", folder.best), ("cycleqd/aggregate", folder.aggregate)):
+        _export(workspace, target, name, models[name], chosen[name], scores[name], command)
+    _draw(workspace, search, folder, finals.best)
+    clock.lap("test")
+    metrics = search.metrics()
+    result = summary(
+        config.tasks,
+        scores,
+        generations=config.generations,
+        evaluations=search.evaluations,
+        coverage=[float(x) for x in metrics["coverage"]],
+        qd_score=[float(x) for x in metrics["qd_score"]],
+        seconds={"train": train_seconds, **clock.seconds},
+    )
+    write_json_atomic(folder.summary_file, result)
+    return result
+
+
+def _export(
+    workspace: Workspace,
+    target: Path,
+    name: str,
+    params: Any,
+    choice: Choice,
+    test: Mapping[str, float],
+    command: str,
+) -> None:
+    config = workspace.config
+    card = ModelCard(
+        name=name,
+        base=config.base,
+        experts=config.experts,
+        recipe=expert_coefficients(choice.gains, workspace.basis, list(config.experts)),
+        scores={"search": dict(zip(config.tasks, choice.scores, strict=True)), "test": test},
+        command=command,
+        details=choice.details,
+    )
+    export_model(target, workspace.architecture, params, like=Path(config.base), card=card)
+
+
+def _draw(workspace: Workspace, search: Search, folder: RunFolder, best: Choice) -> None:
+    config, repertoire = workspace.config, search.repertoire
+    cells = np.asarray(repertoire.cells)
+    scores = np.asarray(repertoire.scores)
+    quality = np.where(cells >= 0, scores[cells, np.arange(len(config.tasks))[:, None]], np.nan)
+    picture = ArchivePicture(
+        quality=quality,
+        bins=config.bins,
+        lower=np.asarray(repertoire.grid.lower),
+        upper=np.asarray(repertoire.grid.upper),
+        tasks=config.tasks,
+        experts=search.expert_scores,
+        best=best.scores,
+        generations=config.generations,
+    )
+    plot_archives(folder.archives_picture, picture)
+    plot_curves(
+        folder.curves_picture, read_jsonl(folder.metrics_file), config.tasks, search.expert_scores
+    )
+
+
+def _ranks(workspace: Workspace) -> str:
+    gains = jax.eval_shape(lambda: expert_gains(workspace.basis, 0))
+    widths = {
+        leaf.shape[-1]
+        for leaf, role in zip(
+            jax.tree.leaves(gains), jax.tree.leaves(workspace.report.roles), strict=True
+        )
+        if role == "matrix"
+    }
+    return f"{min(widths)}" if len(widths) == 1 else f"{min(widths)} to {max(widths)}"
+
+
+def _show(console: Console, result: Mapping[str, Any], folder: RunFolder) -> None:
+    models, tasks = result["models"], result["tasks"]
+    console.print(results_table(models, tasks))
+    ahead = gain(models, tasks)
+    if ahead is not None:
+        console.print(describe_gain(ahead))
+    console.print(f"archives: {folder.archives_picture}   curves: {folder.curves_picture}")
+    console.print(f"best model: {folder.best}", soft_wrap=True)

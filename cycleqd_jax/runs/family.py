@@ -1,0 +1,181 @@
+"""A model family made on the spot: a tiny Llama base and one fine-tuned expert per skill.
+
+It stands in for downloads: the result is a folder of ordinary Hugging Face models that the rest of
+the library loads like any other. The base is pretrained on plain text of all skills (it knows what
+solutions look like, not that it should answer), an expert is fine-tuned on conversations of one.
+"""
+
+import hashlib
+import json
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from cycleqd_jax.models.convert import load_model, save_model
+from cycleqd_jax.models.llama import init_params
+from cycleqd_jax.models.specs import LlamaConfig
+from cycleqd_jax.models.tokenizer import load_tokenizer
+from cycleqd_jax.progress import Progress, track
+from cycleqd_jax.runs.files import write_json_atomic
+from cycleqd_jax.tasks.base import Problem, Task
+from cycleqd_jax.training.corpus import Corpus, pack_documents, pad_conversations
+from cycleqd_jax.training.sft import TrainConfig, train
+from cycleqd_jax.training.tokenizer import render_conversations, train_tokenizer
+
+
+@dataclass(frozen=True)
+class FamilyConfig:
+    """What the family is made of; equal configs share one folder of the cache.
+
+    Attributes:
+        tasks: names of the skills, one expert each.
+        vocab_size: of the tokenizer.
+        width: of the hidden state; the MLP is three times as wide.
+        layers: number of layers.
+        heads: query heads; there are half as many key heads.
+        problems: training problems per skill.
+        difficulty: of the problems.
+        row: tokens in a row of the base's packed documents.
+        base: training of the base.
+        expert: training of each expert.
+        seed: of the problems and the initial weights.
+    """
+
+    tasks: tuple[str, ...]
+    vocab_size: int = 1024
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    problems: int = 6000
+    difficulty: int = 1
+    row: int = 64
+    base: TrainConfig = field(default_factory=lambda: TrainConfig(400, 64, 4e-3))
+    expert: TrainConfig = field(default_factory=lambda: TrainConfig(100, 64, 2e-3))
+    seed: int = 0
+
+    @property
+    def key(self) -> str:
+        """A short name that changes with any of the settings."""
+        text = json.dumps(asdict(self), sort_keys=True)
+        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the models of a family lie.
+
+    Attributes:
+        base: the base's folder.
+        experts: task name → the folder of its expert.
+    """
+
+    base: Path
+    experts: dict[str, Path]
+
+
+def default_cache() -> Path:
+    """Where families are kept: ``$CYCLEQD_CACHE``, or ``cycleqd_jax`` in the user's cache folder."""
+    chosen = os.environ.get("CYCLEQD_CACHE")
+    if chosen:
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cycleqd_jax"
+
+
+def family_folders(cache: Path, config: FamilyConfig) -> Family:
+    """Name the folders of a family, whether they exist or not."""
+    folder = cache / f"family-{config.key}"
+    return Family(folder / "base", {task: folder / f"expert-{task}" for task in config.tasks})
+
+
+def make_family(cache: Path, config: FamilyConfig, tasks: Sequence[Task]) -> Family:
+    """Train what the cache does not hold yet, and return the folders.
+
+    A model is saved as soon as it is trained, so that an interrupted start loses one at most.
+    """
+    family = family_folders(cache, config)
+    missing = {name: path for name, path in family.experts.items() if not path.exists()}
+    if family.base.exists() and not missing:
+        return family
+    family.base.parent.mkdir(parents=True, exist_ok=True)
+    write_json_atomic(family.base.parent / "family.json", asdict(config), sort_keys=True)
+    problems = {
+        task.name: task.problems(
+            "train", config.problems, seed=config.seed, difficulty=config.difficulty
+        )
+        for task in track(tasks, "training problems")
+    }
+    if not family.base.exists():
+        _make_base(family.base, config, problems)
+    tokenizer = load_tokenizer(family.base)
+    for name, folder in missing.items():
+        _make_expert(folder, family.base, name, config, problems[name], tokenizer)
+    return family
+
+
+def _make_base(
+    folder: Path, config: FamilyConfig, problems: dict[str, Sequence[Problem]]
+) -> None:
+    every = [problem for drawn in problems.values() for problem in drawn]
+    random.Random(config.seed).shuffle(every)
+    # A few thousand problems hold every word there is.
+    texts = [
+        text
+        for problem in every[:6000]
+        for text in (problem.prompt, problem.document, *problem.answers, *problem.observations)
+    ]
+    tokenizer = train_tokenizer(texts, config.vocab_size)
+    documents = tokenizer([problem.document for problem in every])["input_ids"]
+    corpus = pack_documents(documents, config.row, tokenizer.eos_token_id)
+    architecture = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.width,
+        intermediate_size=3 * config.width,
+        num_layers=config.layers,
+        num_heads=config.heads,
+        num_kv_heads=max(1, config.heads // 2),
+        head_dim=config.width // config.heads,
+        tie_embeddings=True,
+        max_positions=512,
+        eos_ids=(tokenizer.eos_token_id,),
+        pad_id=tokenizer.pad_token_id,
+    )
+    params = init_params(jax.random.key(config.seed), architecture)
+    params = _train("base", params, architecture, corpus, config.base)
+    save_model(folder, architecture, params, tokenizer=tokenizer)
+
+
+def _make_expert(
+    folder: Path,
+    base: Path,
+    name: str,
+    config: FamilyConfig,
+    problems: Sequence[Problem],
+    tokenizer: Any,
+) -> None:
+    conversations = render_conversations(tokenizer, [p.demonstration for p in problems])
+    corpus = pad_conversations(conversations, tokenizer.pad_token_id)
+    architecture, params = load_model(base)
+    params = _train(f"expert {name}", params, architecture, corpus, config.expert)
+    save_model(folder, architecture, params, like=base)
+
+
+def _train(
+    name: str, params: Any, architecture: LlamaConfig, corpus: Corpus, settings: TrainConfig
+) -> Any:
+    params = jax.tree.map(jnp.asarray, params)
+    with Progress(f"train {name}", settings.steps) as progress:
+        return train(
+            params,
+            architecture,
+            corpus,
+            settings,
+            lambda done, loss: progress.advance(
+                done - progress.completed, note=f"loss {loss:.3f}"
+            ),
+        )

@@ -1,0 +1,130 @@
+"""What every sandbox takes and gives: jobs, limits, outcomes."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Literal, Protocol, Self
+
+Kind = Literal["python", "bash"]
+Status = Literal["ok", "error", "timeout", "killed"]
+
+
+class SandboxUnavailable(RuntimeError):  # noqa: N818 (a state of the machine, not a bug)
+    """No safe way to run a program on this machine; the message says what to install."""
+
+
+class SandboxBroken(RuntimeError):  # noqa: N818
+    """A sandbox that had started can no longer run programs (no memory, no namespaces left)."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one program may use.
+
+    seconds: wall-clock time; also CPU time of each process, rounded up to a whole second.
+    memory_mb: address space of each process, and resident memory of all its processes together
+        (sampled, a few times a second at least).
+    processes: processes and threads alive at once, the program itself included.
+    file_mb: its whole private directory, hence also the largest file.
+    output_kb: stdout and stderr each; a program that writes more is killed.
+    snapshot_kb: text that a snapshot returns; more makes the outcome "killed".
+
+    Raises ValueError for a limit that is not positive.
+    """
+
+    seconds: float = 2.0
+    memory_mb: int = 256
+    processes: int = 16
+    file_mb: int = 16
+    output_kb: int = 64
+    snapshot_kb: int = 1024
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"Limits.{name}: expected a positive number, found {value!r}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One program and the files it finds in its working directory.
+
+    kind: "python" runs `source` as `__main__` with the standard library, "bash" as a script.
+    files: relative path -> text; a path that ends in "/" makes an empty directory.
+    stdin: text on its standard input.
+    snapshot: return the working directory after the run in `Outcome.files`.
+
+    Raises ValueError for an unknown kind or a path that is not inside the working directory.
+    """
+
+    kind: Kind
+    source: str
+    files: Mapping[str, str] = field(default_factory=dict)
+    stdin: str = ""
+    snapshot: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("python", "bash"):
+            raise ValueError(f'Job.kind: expected "python" or "bash", found {self.kind!r}')
+        for path in self.files:
+            _check_path(path)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a program.
+
+    status: "ok" (exit code 0), "error" (another exit code), "timeout", "killed" (a limit or a
+        signal; `reason` says which).
+    returncode: exit code, or minus the signal's number.
+    stdout, stderr: at most `Limits.output_kb` each, undecodable bytes replaced.
+    files: None without `Job.snapshot`; else relative path -> text of every regular file
+        (undecodable bytes replaced), and "path/" -> "" for every directory. Symbolic links,
+        pipes and sockets are left out and never followed.
+    """
+
+    status: Status
+    returncode: int
+    stdout: str
+    stderr: str
+    files: dict[str, str] | None = None
+    reason: str = ""
+
+
+class Sandbox(Protocol):
+    """Runs programs that nobody trusts."""
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """Outcomes of `jobs` in their order."""
+        ...
+
+    def close(self) -> None:
+        """Ends the processes behind the sandbox; it cannot be used afterwards."""
+        ...
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+def _check_path(path: str) -> None:
+    parts = PurePosixPath(path).parts
+    wrong = (
+        "is empty"
+        if not parts
+        else "is absolute"
+        if path.startswith("/")
+        else "leads outside"
+        if ".." in parts
+        else "has a NUL character"
+        if "\0" in path
+        else "is too long"
+        if len(path.encode(errors="replace")) > 1000 or any(len(part) > 80 for part in parts)
+        else ""
+    )
+    if wrong:
+        raise ValueError(
+            f"Job.files: {path!r} {wrong}; expected a path inside the program's directory, "
+            'such as "notes/a.txt" (or "notes/" for an empty directory)'
+        )

@@ -1,0 +1,59 @@
+"""Breed experts of your own by CycleQD.
+
+    python experiments/evolve.py --base DIR --experts coding=DIR shell=DIR … --tasks coding shell …
+
+Base and experts are Hugging Face folders of one architecture with one tokenizer.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from cycleqd_jax.runs.compilation import cache_compilations
+from cycleqd_jax.runs.config import RunConfig
+from cycleqd_jax.runs.console import main_guard, parse_experts, reproduce_command
+from cycleqd_jax.runs.driver import evolve
+from cycleqd_jax.runs.family import default_cache
+
+# What the command line sets, besides the models, tasks and folders.
+_NUMBERS = {
+    "seed": "of everything random",
+    "generations": "batches of children",
+    "children": "children a generation",
+    "problems": "search problems a child is scored on, per task",
+    "final_problems": "search problems the finalists are scored on, per task",
+    "test_problems": "held-out problems of the final table, per task",
+    "difficulty": "of the problems",
+    "rank": "directions kept per matrix and expert (default: all)",
+    "bins": "grid bins per task",
+    "max_new_tokens": "longest answer",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
+    parser.add_argument("--experts", nargs="+", required=True, metavar="NAME=DIR")
+    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK")
+    parser.add_argument("--out", type=Path, default=Path("runs/evolve"), help="run folder")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="compiled programs")
+    defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+    for name, meaning in _NUMBERS.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=int, default=defaults[name], help=meaning
+        )
+    args = parser.parse_args()
+
+    cache_compilations(args.cache)
+    config = RunConfig(
+        base=str(args.base),
+        experts=parse_experts(args.experts),
+        tasks=tuple(args.tasks),
+        **{name: getattr(args, name) for name in _NUMBERS},
+    )
+    evolve(config, args.out, command=reproduce_command())
+
+
+if __name__ == "__main__":
+    with main_guard():
+        main()

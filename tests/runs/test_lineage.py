@@ -1,0 +1,68 @@
+import math
+
+import pytest
+
+from cycleqd_jax.runs.jsonl import JsonlWriter
+from cycleqd_jax.runs.lineage import Birth, FamilyTree, read_births
+
+
+def birth(id, parents=(), generation=0):
+    return Birth(id, tuple(parents), None if not parents else 0, generation, {"coding": 0.5})
+
+
+@pytest.fixture
+def family():
+    #  0   1   2      seeds
+    #   \ / \ /
+    #    3   4        generation 1
+    #     \ / \
+    #      5   6      generation 2; 6 has one elite as both parents
+    return FamilyTree(
+        [
+            *(birth(i) for i in range(3)),
+            birth(3, (0, 1), 1),
+            birth(4, (1, 2), 1),
+            birth(5, (4, 3), 2),
+            birth(6, (4, 4), 2),
+        ]
+    )
+
+
+def test_births_read_back_as_they_were_written(tmp_path):
+    births = [
+        Birth(0, (), None, 0, {"coding": 0.1, "shell": math.inf}, {"seed": "expert/coding"}),
+        Birth(7, (0, 0), 1, 3, {"coding": 0.25, "shell": 0.5}, {"weights": [0.9, 1.1]}),
+    ]
+    path = tmp_path / "lineage.jsonl"
+    with JsonlWriter(path) as writer:
+        for child in births:
+            writer.write(child.to_row())
+    assert read_births(path) == births
+
+
+def test_a_row_that_is_no_birth_is_named(tmp_path):
+    path = tmp_path / "lineage.jsonl"
+    path.write_text('{"id": 1}\n')
+    with pytest.raises(ValueError, match=r"lineage\.jsonl: birth row: expected the keys.*'archive'"):
+        read_births(path)
+
+
+def test_ancestors_come_once_each_and_parents_first(family):
+    assert [b.id for b in family.ancestors(5)] == [0, 1, 2, 3, 4]
+    assert [b.id for b in family.ancestors(6)] == [1, 2, 4]
+    assert family.ancestors(0) == []
+    assert family.birth(5).parents == (4, 3)
+
+
+def test_a_line_of_ten_thousand_generations_is_no_problem():
+    births = [birth(0)] + [birth(i, (i - 1, i - 1), i) for i in range(1, 10_000)]
+    assert len(FamilyTree(births).ancestors(9_999)) == 9_999
+
+
+def test_unknown_and_repeated_ids_are_refused(family):
+    with pytest.raises(ValueError, match="no model has the id 99; there are 7"):
+        family.birth(99)
+    with pytest.raises(ValueError, match="no model has the id 42"):
+        FamilyTree([birth(1, (42, 42), 1)]).ancestors(1)
+    with pytest.raises(ValueError, match="the id 1 was given twice"):
+        FamilyTree([birth(1), birth(1)])
