@@ -85,9 +85,13 @@ def test_bars_nest_on_a_terminal_and_leave_it_as_it_was():
 
 def test_an_error_in_the_loop_passes_through_and_closes_the_bar():
     console = terminal_console()
-    with pytest.raises(KeyError, match="boom"):
+
+    def work():
         for _ in track(range(3), "work", console=console):
             raise KeyError("boom")
+
+    with pytest.raises(KeyError, match="boom"):
+        work()
     with Progress("again", 1, console=console) as progress:
         progress.advance()
     assert console.file.getvalue().endswith("\x1b[?25h")

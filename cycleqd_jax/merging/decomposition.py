@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 HIGHEST = jax.lax.Precision.HIGHEST
 BOUNDARIES = (1e-2, 1e-4)
@@ -64,65 +64,48 @@ def noise_floor(weights: Any, noise: float) -> np.ndarray:
     return np.asarray(0.5 * noise * norms, np.float32)
 
 
-def _descending(
-    vectors: Float[Array, "layers s r"], size: Float[Array, "layers r"]
-) -> tuple[Float[Array, "layers s r"], Float[Array, "layers r"]]:
-    order = jnp.argsort(-size, axis=-1)
-    return (
-        jnp.take_along_axis(vectors, order[:, None, :], axis=-1),
-        jnp.take_along_axis(size, order, axis=-1),
-    )
+def _matmul(a: Float[Array, "layers p q"], b: Float[Array, "layers q r"]) -> jax.Array:
+    return jnp.matmul(a, b, precision=HIGHEST)
 
 
-def _gram_eigenvectors(tall: Float[Array, "layers p q"]) -> Float[Array, "layers q q"]:
-    gram = jnp.einsum("lpi,lpj->lij", tall, tall, precision=HIGHEST)
-    return jnp.linalg.eigh(gram)[1]
+def _gram(tall: Float[Array, "layers p q"]) -> Float[Array, "layers q q"]:
+    return jnp.matmul(jnp.swapaxes(tall, -1, -2), tall, precision=HIGHEST)
 
 
-def _turn_small(
-    tall: Float[Array, "layers p q"],
-    vectors: Float[Array, "layers q q"],
-    values: Float[Array, "layers q"],
-    boundary: float,
-) -> tuple[Float[Array, "layers q q"], Float[Array, "layers q"]]:
-    """Separate the directions below ``boundary * values[0]``, which one Gram matrix cannot tell
-    apart.
+def _eigenvectors(gram: Float[Array, "layers q q"]) -> Float[Array, "layers q q"]:
+    return jnp.flip(jnp.linalg.eigh(gram)[1], axis=-1)
 
-    In the basis found so far the Gram matrix is graded: its entries are exact relative to the two
-        columns they come
-    from. Its couplings between large and small directions are removed to first order, then the
-    small block, scaled to itself, is diagonalised again.
+
+def _decouple(
+    gram: Float[Array, "layers q q"], small: Bool[Array, "layers q"]
+) -> Float[Array, "layers q q"]:
+    """Rotation that removes the couplings of a nearly diagonal Gram matrix to first order.
+
+    Couplings of small directions to each other are left alone.
     """
-    images = jnp.einsum("lpq,lqr->lpr", tall, vectors, precision=HIGHEST)
-    gram = jnp.einsum("lpi,lpj->lij", images, images, precision=HIGHEST)
-    small = values < boundary * values[:, :1]
-    both_small = small[:, :, None] & small[:, None, :]
     diagonal = jnp.diagonal(gram, axis1=-2, axis2=-1)
     gap = diagonal[:, None, :] - diagonal[:, :, None]
-    # An angle above 0.01 belongs to directions of nearly equal size, where any rotation is as good.
-    use = (jnp.abs(gram) < 0.01 * jnp.abs(gap)) & ~both_small
-    turn = jnp.eye(gram.shape[-1]) + jnp.where(use, gram / jnp.where(use, gap, 1.0), 0.0)
+    # An angle above 0.01 is between directions of nearly equal size: there any rotation is as good.
+    use = (jnp.abs(gram) < 0.01 * jnp.abs(gap)) & ~(small[:, :, None] & small[:, None, :])
+    turn = jnp.eye(gram.shape[-1])[None] + jnp.where(use, gram / jnp.where(use, gap, 1.0), 0.0)
     for _ in range(2):  # Newton-Schulz: back to orthonormal columns
-        square = jnp.einsum("lij,lik->ljk", turn, turn, precision=HIGHEST)
-        turn = 1.5 * turn - 0.5 * jnp.einsum("lij,ljk->lik", turn, square, precision=HIGHEST)
-    vectors = jnp.einsum("lij,ljk->lik", vectors, turn, precision=HIGHEST)
+        turn = 1.5 * turn - 0.5 * _matmul(turn, _gram(turn))
+    return turn
 
-    images = jnp.einsum("lpq,lqr->lpr", tall, vectors, precision=HIGHEST)
+
+def _resolve(
+    images: Float[Array, "layers p q"], small: Bool[Array, "layers q"]
+) -> Float[Array, "layers q q"]:
+    """Rotation that diagonalises the Gram matrix of the small directions, the last columns."""
     size = jnp.linalg.norm(images, axis=-2)
     largest = jnp.max(jnp.where(small, size, 0.0), axis=-1)[:, None, None]
     scaled = jnp.where(small[:, None, :], images / jnp.where(largest > 0, largest, 1.0), 0.0)
-    gram = jnp.einsum("lpi,lpj->lij", scaled, scaled, precision=HIGHEST)
-    # Large directions get an eigenvalue above any of the small block's, so they keep the first
-    # places.
-    identity = jnp.eye(gram.shape[-1])
-    ceiling = 2.0 * gram.shape[-1]
-    found = jnp.flip(
-        jnp.linalg.eigh(gram + jnp.where(small, 0.0, ceiling)[:, None, :] * identity)[1], axis=-1
-    )
-    turn = jnp.where(both_small, found, jnp.where(small[:, None, :], 0.0, identity))
-    vectors = jnp.einsum("lij,ljk->lik", vectors, turn, precision=HIGHEST)
-    images = jnp.einsum("lpq,lqr->lpr", tall, vectors, precision=HIGHEST)
-    return _descending(vectors, jnp.linalg.norm(images, axis=-2))
+    identity = jnp.eye(images.shape[-1])[None]
+    # Above any eigenvalue of the small block, so that the large directions keep the first places.
+    ceiling = jnp.where(small, 0.0, 2.0 * images.shape[-1])[:, None, :] * identity
+    found = _eigenvectors(_gram(scaled) + ceiling)
+    both = small[:, :, None] & small[:, None, :]
+    return jnp.where(both, found, jnp.where(small[:, None, :], 0.0, identity))
 
 
 @jax.jit
@@ -131,18 +114,26 @@ def _directions(
 ) -> tuple[Float[Array, "layers q q"], Float[Array, "layers q"]]:
     """Right singular vectors and singular values, largest first.
 
-    The Gram matrix squares the range of the singular values, so its eigenvectors are resolved
-    down to ``sqrt(eps)`` of the largest only; ``_turn_small`` continues below. Values are
-    measured as ``|tau v_i|``, not taken from the eigenvalues.
+    A Gram matrix squares the range of the singular values: its eigenvectors tell directions apart
+    down to ``sqrt(eps)`` of the largest only. But in the basis found so far the Gram matrix is
+    graded, its entries exact relative to the two columns they come from. So the directions below
+    a boundary are decoupled from the larger ones and diagonalised again, scaled to themselves.
+    Values are measured as ``|tau v_i|``; those below the noise may be out of order.
     """
     norm = jnp.sqrt(jnp.sum(jnp.square(tall), axis=(-1, -2), keepdims=True))
     tall = tall / jnp.where(norm > 0, norm, 1.0)
-    vectors = _gram_eigenvectors(tall)
-    images = jnp.einsum("lpq,lqr->lpr", tall, vectors, precision=HIGHEST)
-    vectors, values = _descending(vectors, jnp.linalg.norm(images, axis=-2))
-    for boundary in BOUNDARIES:
-        vectors, values = _turn_small(tall, vectors, values, boundary)
-    return vectors, values * norm[..., 0]
+    place = jnp.arange(tall.shape[-1])[None]
+
+    def refine(i: Any, vectors: jax.Array) -> jax.Array:
+        images = _matmul(tall, vectors)
+        values = jnp.linalg.norm(images, axis=-2)
+        large = values >= jnp.asarray(BOUNDARIES, jnp.float32)[i] * values[:, :1]
+        small = place >= jnp.sum(large, axis=-1, keepdims=True)
+        vectors = _matmul(vectors, _decouple(_gram(images), small))
+        return _matmul(vectors, _resolve(_matmul(tall, vectors), small))
+
+    vectors = jax.lax.fori_loop(0, len(BOUNDARIES), refine, _eigenvectors(_gram(tall)))
+    return vectors, jnp.linalg.norm(_matmul(tall, vectors), axis=-2) * norm[..., 0]
 
 
 @jax.jit
@@ -155,7 +146,7 @@ def _own_rounding(tall: Float[Array, "layers p q"]) -> Float[Array, " layers"]:
 def _project_all(
     tall: Float[Array, "layers p q"], right: Float[Array, "layers q q"]
 ) -> tuple[Float[Array, "layers p q"], Float[Array, "layers q q"]]:
-    return jnp.einsum("lpq,lqr->lpr", tall, right, precision=HIGHEST), right
+    return _matmul(tall, right), right
 
 
 @jax.jit
@@ -164,18 +155,14 @@ def _project_leading(
 ) -> tuple[Float[Array, "layers p r"], Float[Array, "layers q r"]]:
     """Factors of the leading directions, sharpened by one step of subspace iteration.
 
-    The Gram matrix finds the leading subspace only to ``eps * (s_1 / s_r)``; multiplying by tau
-    once more shrinks that error by the square of the gap to the dropped directions.
+    Multiplying by tau once more shrinks the error of the subspace by the square of the gap to the
+    dropped directions.
     """
-    left, _ = jnp.linalg.qr(jnp.einsum("lpq,lqr->lpr", tall, right, precision=HIGHEST))
-    images = jnp.einsum("lpq,lpr->lqr", tall, left, precision=HIGHEST)
+    left, _ = jnp.linalg.qr(_matmul(tall, right))
+    images = _matmul(jnp.swapaxes(tall, -1, -2), left)
     scale = jnp.sqrt(jnp.sum(jnp.square(images), axis=(-1, -2), keepdims=True))
-    turn = _gram_eigenvectors(images / jnp.where(scale > 0, scale, 1.0))
-    turn = jnp.flip(turn, axis=-1)
-    return (
-        jnp.einsum("lpr,lrs->lps", left, turn, precision=HIGHEST),
-        jnp.einsum("lqr,lrs->lqs", images, turn, precision=HIGHEST),
-    )
+    turn = _eigenvectors(_gram(images / jnp.where(scale > 0, scale, 1.0)))
+    return _matmul(left, turn), _matmul(images, turn)
 
 
 @jax.jit
@@ -184,7 +171,7 @@ def _relative_error(
     left: Float[Array, "layers p r"],
     right: Float[Array, "layers q r"],
 ) -> Float[Array, " layers"]:
-    rest = tall - jnp.einsum("lpr,lqr->lpq", left, right, precision=HIGHEST)
+    rest = tall - _matmul(left, jnp.swapaxes(right, -1, -2))
     norm = jnp.linalg.norm(tall, axis=(-1, -2))
     return jnp.where(norm > 0, jnp.linalg.norm(rest, axis=(-1, -2)) / norm, 0.0)
 
@@ -212,7 +199,8 @@ def factorise(
     if layers and bool(jnp.any(stack != 0)):
         vectors, values = _directions(tall)
         floors = np.maximum(np.reshape(floor, layers), np.asarray(_own_rounding(tall)))
-        kept = int((np.asarray(values) > floors[:, None]).sum(axis=-1).max())
+        above = np.flatnonzero((np.asarray(values) > floors[:, None]).any(axis=0))
+        kept = int(above[-1]) + 1 if above.size else 0
         kept = kept if rank is None else min(kept, rank)
     if kept == 0:
         left = jnp.zeros((layers, tall.shape[1], 0), jnp.float32)

@@ -112,17 +112,23 @@ def _check_inputs(
     check_same_structure(task_vectors[0], roles, "task vector 0", "the roles")
     if base is not None:
         check_same_tree(base, task_vectors[0], "the base", "task vector 0")
-    least = {"matrix": 2, "vector": 1}
-    for path, role, leaf in zip(
-        leaf_paths(roles), jax.tree.leaves(roles), jax.tree.leaves(task_vectors[0]), strict=True
-    ):
-        if role not in ROLES:
-            raise ValueError(f"leaf '{path}': expected a role out of {ROLES}, found {role!r}")
-        if jnp.ndim(leaf) < least[role]:
-            raise ValueError(
-                f"leaf '{path}': a {role} needs at least {least[role]} axes, "
-                f"found shape {jnp.shape(leaf)}"
-            )
+    columns = zip(*(jax.tree.leaves(tau) for tau in task_vectors), strict=True)
+    for path, role, leaves in zip(leaf_paths(roles), jax.tree.leaves(roles), columns, strict=True):
+        _check_leaf(path, role, leaves)
+
+
+def _check_leaf(path: str, role: Any, leaves: Sequence[Any]) -> None:
+    if role not in ROLES:
+        raise ValueError(f"leaf '{path}': expected a role out of {ROLES}, found {role!r}")
+    least = 2 if role == "matrix" else 1
+    if jnp.ndim(leaves[0]) < least:
+        raise ValueError(
+            f"leaf '{path}': a {role} needs at least {least} axes, "
+            f"found shape {jnp.shape(leaves[0])}"
+        )
+    for e, leaf in enumerate(leaves):
+        if not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
+            raise ValueError(f"leaf '{path}' of task vector {e} has entries that are not finite")
 
 
 def decompose(
@@ -159,7 +165,8 @@ def decompose(
         vectors.
 
     Raises:
-        ValueError: no task vectors, trees that differ, an unknown role, too few axes, or ``rank <
+        ValueError: no task vectors, trees that differ, an unknown role, too few axes, an entry
+            that is not finite, or ``rank <
             1``.
     """
     _check_inputs(task_vectors, roles, rank, base)

@@ -32,6 +32,7 @@ _STEPS = 8
 _PROMPT_UNIT = 16
 _SLOT_UNIT = 32
 _SMALLEST_BATCH = 16
+_PREFILL_TOKENS = 1024
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,18 @@ class Decoder:
         slots: int,
     ) -> tuple[Array, _Rows, KVCache]:
         self.traces += 1
-        logits, cache = prefill(weights, self.config, tokens, lengths, candidate, slots)
+        pieces = _pieces(*tokens.shape)
+
+        def piece(part: tuple[Array, Array, Array]) -> tuple[Array, KVCache]:
+            return prefill(weights, self.config, *part, slots)
+
+        # Pieces that fit the processor's cache: activations of a whole batch would not.
+        parts = jax.tree.map(
+            lambda leaf: leaf.reshape(pieces, -1, *leaf.shape[1:]), (tokens, lengths, candidate)
+        )
+        logits, cache = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), lax.map(piece, parts)
+        )
         width = jnp.int32(tokens.shape[1])
         state = _Rows(
             token=jnp.zeros_like(lengths),
@@ -250,7 +262,10 @@ class Decoder:
 
     def _emit(self, logits: Array, state: _Rows) -> tuple[Array, _Rows]:
         """Choose the next token of every row; -1 in place of stop tokens and in finished rows."""
-        token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        # Two plain reductions: XLA's CPU backend does not vectorise an argmax.
+        best = logits.max(axis=-1, keepdims=True)
+        index = jnp.arange(logits.shape[-1], dtype=jnp.int32)
+        token = jnp.min(jnp.where(logits == best, index, index[-1]), axis=-1)
         stopped = state.done | self._is_stop[token]
         left = state.left - 1
         emitted = jnp.where(stopped, -1, token)
@@ -295,6 +310,14 @@ def _row_buckets(max_rows: int) -> tuple[int, ...]:
     while sizes[-1] < max_rows:
         sizes.append(min(2 * sizes[-1], max_rows))
     return tuple(sizes)
+
+
+def _pieces(rows: int, width: int) -> int:
+    """Into how many equal parts a prefill is cut, so that each has about `_PREFILL_TOKENS`."""
+    pieces = 1
+    while rows % (2 * pieces) == 0 and rows // pieces * width > _PREFILL_TOKENS:
+        pieces *= 2
+    return pieces
 
 
 def _bucket(count: int, buckets: Sequence[int]) -> int:

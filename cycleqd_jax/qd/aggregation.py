@@ -15,13 +15,20 @@ def best_elites(repertoire: CyclicRepertoire) -> Int[Array, " tasks"]:
 
     On a tie of quality the one with the higher mean score, then the one in the first cell.
     """
-    tasks = jnp.arange(repertoire.num_archives, dtype=jnp.int32)
-    scores = repertoire.scores[jnp.maximum(repertoire.cells, 0)]
+    return _best_elites(repertoire.scores, repertoire.cells)
+
+
+@jax.jit
+def _best_elites(
+    pool_scores: Float[Array, "capacity tasks"], cells: Int[Array, "tasks cells"]
+) -> Int[Array, " tasks"]:
+    tasks = jnp.arange(cells.shape[0], dtype=jnp.int32)
+    scores = pool_scores[jnp.maximum(cells, 0)]
     quality = jnp.take_along_axis(scores, tasks[:, None, None], axis=2)[..., 0]
-    quality = jnp.where(repertoire.cells == EMPTY, -jnp.inf, quality)
+    quality = jnp.where(cells == EMPTY, -jnp.inf, quality)
     tied = quality == jnp.max(quality, axis=1, keepdims=True)
     mean = jnp.where(tied, jnp.mean(scores, axis=2), -jnp.inf)
-    return repertoire.cells[tasks, jnp.argmax(mean, axis=1)]
+    return cells[tasks, jnp.argmax(mean, axis=1)]
 
 
 def softmax_weights(

@@ -26,16 +26,13 @@ class Decision(struct.PyTreeNode):
         entrant: (K, C) int32 row of the batch that takes the cell, or -1.
         accepted: (B,) bool, the row enters at least one archive.
         used: (P,) bool, the slot is still pointed at by a cell that keeps its elite.
+        slots_needed: int32 scalar, size of a pool that holds those that stay and those that enter.
     """
 
     entrant: Any
     accepted: Any
     used: Any
-
-    @property
-    def slots_needed(self) -> jax.Array:
-        """Size of a pool that holds the elites that stay and those that enter, int32 scalar."""
-        return jnp.sum(self.used, dtype=jnp.int32) + jnp.sum(self.accepted, dtype=jnp.int32)
+    slots_needed: Any
 
 
 def occupied_slots(cells: Int[Array, "tasks cells"], capacity: int) -> Bool[Array, " capacity"]:
@@ -87,11 +84,10 @@ def decide(
     entrant = jax.vmap(_entrants, in_axes=(None, None, None, 0, 0))(
         grid, batch_scores, valid, incumbents, tasks
     )
-    return Decision(
-        entrant=entrant,
-        accepted=occupied_slots(entrant, batch),
-        used=occupied_slots(jnp.where(entrant == EMPTY, cells, EMPTY), scores.shape[0]),
-    )
+    accepted = occupied_slots(entrant, batch)
+    used = occupied_slots(jnp.where(entrant == EMPTY, cells, EMPTY), scores.shape[0])
+    needed = jnp.sum(used, dtype=jnp.int32) + jnp.sum(accepted, dtype=jnp.int32)
+    return Decision(entrant=entrant, accepted=accepted, used=used, slots_needed=needed)
 
 
 def assign_slots(

@@ -2,8 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
-from cycleqd_jax.qd.insertion import EMPTY
+from cycleqd_jax.qd.insertion import EMPTY, occupied_slots
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 
 
@@ -20,12 +21,22 @@ def qd_metrics(repertoire: CyclicRepertoire, qd_offset: float = 0.0) -> dict[str
         (K,) sum of the elites' qualities plus offset, ``best`` (K,) best quality, -inf in an
         empty archive, and ``num_elites``, the number of distinct elites.
     """
-    occupied = repertoire.cells != EMPTY
-    tasks = jnp.arange(repertoire.num_archives, dtype=jnp.int32)[:, None]
-    quality = repertoire.scores[jnp.maximum(repertoire.cells, 0), tasks]
+    # Only the tables go in: the pool's size and shape must not matter to the compiled function.
+    return _metrics(repertoire.scores, repertoire.cells, jnp.asarray(qd_offset, jnp.float32))
+
+
+@jax.jit
+def _metrics(
+    scores: Float[Array, "capacity tasks"],
+    cells: Int[Array, "tasks cells"],
+    qd_offset: Float[Array, ""],
+) -> dict[str, jax.Array]:
+    occupied = cells != EMPTY
+    tasks = jnp.arange(cells.shape[0], dtype=jnp.int32)[:, None]
+    quality = scores[jnp.maximum(cells, 0), tasks]
     return {
         "coverage": jnp.mean(occupied, axis=1, dtype=jnp.float32),
         "qd_score": jnp.sum(jnp.where(occupied, quality + qd_offset, 0.0), axis=1),
         "best": jnp.max(jnp.where(occupied, quality, -jnp.inf), axis=1),
-        "num_elites": repertoire.num_elites,
+        "num_elites": jnp.sum(occupied_slots(cells, scores.shape[0]), dtype=jnp.int32),
     }

@@ -1,6 +1,7 @@
 """K archives over one pool of genotypes: the repertoire of CycleQD."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import flax.struct
@@ -52,7 +53,7 @@ class CyclicRepertoire(Repertoire):
         genotypes: Any,
         fitnesses: Any,
         descriptors: Any,
-        centroids: Grid,
+        centroids: Any,
         extra_scores: Mapping[str, Any] | None = None,
         *,
         capacity: int | None = None,
@@ -133,14 +134,13 @@ class CyclicRepertoire(Repertoire):
         if batch == 0:
             return self
         decision = decide(self.grid, self.scores, self.cells, scores)
-        pool = self._with_room_for(decision)
-        return _write(pool, decision, genotypes, scores, kept)
+        return _write(self, decision, genotypes, scores, kept, self._capacity_for(decision))
 
-    def _with_room_for(self, decision: Decision) -> "CyclicRepertoire":
+    def _capacity_for(self, decision: Decision) -> int:
         worst = self.cells.size
         if self.capacity >= worst:
-            return self
-        if _traced(decision.accepted):
+            return self.capacity
+        if _traced(decision.slots_needed):
             raise ValueError(
                 f"a pool of capacity {self.capacity} cannot grow inside compiled code: expected at "
                 f"least {worst} ({self.num_archives} archives of {self.grid.num_cells} cells). "
@@ -149,23 +149,7 @@ class CyclicRepertoire(Repertoire):
         needed, capacity = int(decision.slots_needed), self.capacity
         while capacity < needed:
             capacity = min(2 * capacity, worst)
-        return self if capacity == self.capacity else self.grow(capacity)
-
-    def grow(self, capacity: int) -> "CyclicRepertoire":
-        """The same repertoire with a bigger pool; raises ``ValueError`` if it would be smaller."""
-        if capacity < self.capacity:
-            raise ValueError(f"expected a capacity of at least {self.capacity}, found {capacity}")
-        more = capacity - self.capacity
-
-        def pad(x: jax.Array, value: float = 0) -> jax.Array:
-            filler = jnp.full((more, *x.shape[1:]), value, x.dtype)
-            return jnp.concatenate([x, filler])
-
-        return self.replace(
-            genotypes=jax.tree.map(pad, self.genotypes),
-            scores=pad(self.scores, -jnp.inf),
-            extra_scores=jax.tree.map(pad, self.extra_scores),
-        )
+        return capacity
 
     @property
     def capacity(self) -> int:
@@ -199,18 +183,7 @@ class CyclicRepertoire(Repertoire):
             descriptors
         (C, K-1) the elites' scores on the other tasks, 0 in empty cells.
         """
-        indices = self.cells[k]
-        occupied = (indices != EMPTY)[:, None]
-        scores = self.scores[jnp.maximum(indices, 0)]
-        others = other_tasks(self.num_archives, k)
-        return MapElitesRepertoire(
-            genotypes=indices,
-            fitnesses=jnp.where(occupied, jnp.take(scores, jnp.asarray(k)[None], axis=1), -jnp.inf),
-            descriptors=jnp.where(occupied, jnp.take(scores, others, axis=1), 0.0),
-            centroids=centroids(self.grid, k),
-            extra_scores={},
-            keys_extra_scores=(),
-        )
+        return _index_view(self.grid, self.scores, self.cells, jnp.asarray(k, jnp.int32))
 
     def archive(self, k: int | Int[Array, ""]) -> MapElitesRepertoire:
         """Archive k as a QDax ``MapElitesRepertoire``, genotypes gathered to (C, ...), 0 in empty
@@ -219,19 +192,7 @@ class CyclicRepertoire(Repertoire):
         For QDax's metrics, plots and selectors. It copies an elite a cell; `index_archive` does
         not.
         """
-        view = self.index_archive(k)
-        occupied = view.genotypes != EMPTY
-        source = jnp.maximum(view.genotypes, 0)
-
-        def take(x: jax.Array) -> jax.Array:
-            mask = occupied.reshape(-1, *[1] * (x.ndim - 1))
-            return jnp.where(mask, x[source], jnp.zeros((), x.dtype))
-
-        return view.replace(
-            genotypes=jax.tree.map(take, self.genotypes),
-            extra_scores=jax.tree.map(take, self.extra_scores),
-            keys_extra_scores=self.keys_extra_scores,
-        )
+        return _full_view(self, jnp.asarray(k, jnp.int32))
 
     def select(
         self, key: jax.Array, num_samples: int, selector: Selector | None = None
@@ -255,25 +216,65 @@ class CyclicRepertoire(Repertoire):
 
 
 @jax.jit
+def _index_view(
+    grid: Grid,
+    scores: Float[Array, "capacity tasks"],
+    cells: Int[Array, "tasks cells"],
+    k: Int[Array, ""],
+) -> MapElitesRepertoire:
+    indices = cells[k]
+    occupied = (indices != EMPTY)[:, None]
+    elites = scores[jnp.maximum(indices, 0)]
+    quality = jnp.take(elites, k[None], axis=1)
+    behaviour = jnp.take(elites, other_tasks(grid.num_tasks, k), axis=1)
+    return MapElitesRepertoire(
+        genotypes=indices,
+        fitnesses=jnp.where(occupied, quality, -jnp.inf),
+        descriptors=jnp.where(occupied, behaviour, 0.0),
+        centroids=centroids(grid, k),
+        extra_scores={},
+        keys_extra_scores=(),
+    )
+
+
+@jax.jit
+def _full_view(repertoire: CyclicRepertoire, k: Int[Array, ""]) -> MapElitesRepertoire:
+    view = repertoire.index_archive(k)
+    occupied = view.genotypes != EMPTY
+    source = jnp.maximum(view.genotypes, 0)
+
+    def take(x: jax.Array) -> jax.Array:
+        mask = occupied.reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(mask, x[source], jnp.zeros((), x.dtype))
+
+    return view.replace(
+        genotypes=jax.tree.map(take, repertoire.genotypes),
+        extra_scores=jax.tree.map(take, repertoire.extra_scores),
+        keys_extra_scores=repertoire.keys_extra_scores,
+    )
+
+
+@partial(jax.jit, static_argnames="capacity")
 def _write(
     pool: CyclicRepertoire,
     decision: Decision,
     genotypes: Any,
     scores: Float[Array, "batch tasks"],
     extra_scores: Any,
+    capacity: int,
 ) -> CyclicRepertoire:
-    used = decision.used
-    missing = pool.capacity - used.shape[0]
-    decision = decision.replace(used=jnp.pad(used, (0, missing)))
-    slot, cells = assign_slots(decision, pool.cells)
+    more = capacity - pool.capacity
+    used = jnp.pad(decision.used, (0, more))
+    slot, cells = assign_slots(decision.replace(used=used), pool.cells)
 
-    def put(old: jax.Array, new: jax.Array) -> jax.Array:
-        return old.at[slot].set(new, mode="drop")
+    def put(old: jax.Array, new: jax.Array, fill: float = 0) -> jax.Array:
+        grown = jnp.pad(old, [(0, more)] + [(0, 0)] * (old.ndim - 1), constant_values=fill)
+        return grown.at[slot].set(new, mode="drop")
 
-    kept = jnp.where(decision.used[:, None], pool.scores, -jnp.inf)
+    staying = jnp.where(decision.used[:, None], pool.scores, -jnp.inf)
     return pool.replace(
         genotypes=jax.tree.map(put, pool.genotypes, genotypes),
-        scores=put(kept, scores),
+        scores=put(staying, scores, -jnp.inf),
         extra_scores=jax.tree.map(put, pool.extra_scores, extra_scores),
         cells=cells,
     )

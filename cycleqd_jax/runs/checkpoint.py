@@ -1,14 +1,15 @@
 """Checkpoints of a run: any pytree plus JSON counters, exact, atomic, and checked when read back.
 
 Orbax writes and renames the folders. A checkpoint is two items: ``state``, the tree's leaves, and
-``index``, JSON with every leaf's path, shape, dtype and checksum, the static fields and the
-counters. The index lets a restore take the shapes from the checkpoint (a pool of genotypes may have
-grown since the template was made), hold the structure against the template, and notice damage.
+``index``, JSON with every leaf's path, shape and dtype, the static fields and the counters. The
+index lets a restore take the shapes from the checkpoint (a pool of genotypes may have grown since
+the template was made) and hold the structure against the template. ``files.json`` lists the size
+and checksum of every file, so that damage is found before anything is read.
 """
 
-import json
 import shutil
 import warnings
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,14 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cycleqd_jax.runs.files import explain_no_space, from_json, to_json
+from cycleqd_jax.runs.files import (
+    explain_no_space,
+    from_json,
+    read_json,
+    to_json,
+    write_json_atomic,
+)
 from cycleqd_jax.runs.leaves import (
-    checksum,
     leaf_index,
     mismatches,
     named_leaves,
@@ -31,6 +37,7 @@ from cycleqd_jax.runs.leaves import (
 
 _FORMAT = 1
 _PREFIX = "generation"
+_MANIFEST = "files.json"
 
 
 class CheckpointError(ValueError):
@@ -178,56 +185,52 @@ class Checkpoints:
     def _write(self, generation: int, arrays: list[np.ndarray], index: dict[str, Any]) -> None:
         # Storage has no empty arrays (a matrix no expert touched has rank 0): the index keeps them.
         stored = {_key(i): a for i, a in enumerate(arrays) if a.size}
-        items = {"index": ocp.args.JsonSave({**index, "checksum": _checksum_of(index)})}
+        items = {"index": ocp.args.JsonSave(index)}
         if stored:
             items["state"] = ocp.args.StandardSave(stored)
         self._manager.save(generation, args=ocp.args.Composite(**items))
         self._manager.wait_until_finished()
+        folder = self.folder / _name(generation)
+        write_json_atomic(folder / _MANIFEST, _fingerprints(folder))
 
     def _read(self, generation: int, template: Any) -> Restored:
-        index = self._read_index(generation)
+        folder = self.folder / _name(generation)
+        verified = _verify(folder)
+        try:
+            index = self._restore(generation, "index", ocp.args.JsonRestore())
+            self._check(folder, index, template)
+            arrays = self._read_arrays(generation, index["leaves"])
+        except CheckpointError:
+            raise
+        except Exception as error:
+            if verified:  # the files are as they were written: whatever this is, it is no damage
+                raise
+            raise _DamagedError(folder, str(error)) from error
+        return Restored(generation, rebuild(template, arrays), from_json(index["counters"]))
+
+    def _check(self, folder: Path, index: Mapping[str, Any], template: Any) -> None:
+        if index["format"] != _FORMAT:
+            raise CheckpointError(
+                f"{folder}: expected checkpoint format {_FORMAT}, found {index['format']}; "
+                "use the library version that wrote it"
+            )
         wrong = mismatches(template, index["leaves"], index["static"])
         if wrong:
             raise CheckpointError(
-                f"{self.folder / _name(generation)} is of another structure than this program's "
-                "state:\n"
+                f"{folder} is of another structure than this program's state:\n"
                 + "".join(f"  {line}\n" for line in wrong)
                 + "Resume with the code and settings that wrote it, or start in another folder"
             )
-        arrays = self._read_arrays(generation, index["leaves"])
-        return Restored(generation, rebuild(template, arrays), from_json(index["counters"]))
-
-    def _read_index(self, generation: int) -> dict[str, Any]:
-        try:
-            index = self._manager.restore(
-                generation, args=ocp.args.Composite(index=ocp.args.JsonRestore())
-            )["index"]
-            found = index.pop("checksum")
-            if found != _checksum_of(index):
-                raise ValueError("the checksum of its index is wrong")
-        except Exception as error:
-            raise _DamagedError(self.folder / _name(generation), error) from error
-        if index["format"] != _FORMAT:
-            raise CheckpointError(
-                f"{self.folder / _name(generation)}: expected checkpoint format {_FORMAT}, "
-                f"found {index['format']}; use the library version that wrote it"
-            )
-        return dict(index)
 
     def _read_arrays(self, generation: int, leaves: list[dict[str, Any]]) -> list[np.ndarray]:
-        targets = {_key(i): np.empty(leaf["shape"], leaf["dtype"]) for i, leaf in enumerate(leaves)}
-        stored = {key: target for key, target in targets.items() if target.size}
-        try:
-            if stored:
-                restore = ocp.args.Composite(state=ocp.args.StandardRestore(stored))
-                targets.update(self._manager.restore(generation, args=restore)["state"])
-            arrays = [np.asarray(targets[_key(i)]) for i in range(len(leaves))]
-            for leaf, array in zip(leaves, arrays, strict=True):
-                if checksum(array) != leaf["checksum"]:
-                    raise ValueError(f"the checksum of {leaf['path']} is wrong")
-        except Exception as error:
-            raise _DamagedError(self.folder / _name(generation), error) from error
-        return arrays
+        arrays = {_key(i): np.empty(leaf["shape"], leaf["dtype"]) for i, leaf in enumerate(leaves)}
+        stored = {key: target for key, target in arrays.items() if target.size}
+        if stored:
+            arrays |= self._restore(generation, "state", ocp.args.StandardRestore(stored))
+        return [np.asarray(arrays[_key(i)]) for i in range(len(leaves))]
+
+    def _restore(self, generation: int, item: str, how: Any) -> Any:
+        return self._manager.restore(generation, args=ocp.args.Composite(**{item: how}))[item]
 
     def _set_aside(self, generation: int, why: str) -> None:
         source = self.folder / _name(generation)
@@ -248,13 +251,39 @@ class Checkpoints:
 
 
 class _DamagedError(Exception):
-    def __init__(self, path: Path, error: Exception):
-        reason = " ".join(str(error).split())[:300]
-        super().__init__(f"the checkpoint {path} is damaged ({type(error).__name__}: {reason})")
+    def __init__(self, folder: Path, reason: str):
+        super().__init__(f"the checkpoint {folder} is damaged ({' '.join(reason.split())[:300]})")
 
 
-def _checksum_of(index: Mapping[str, Any]) -> int:
-    return checksum(np.frombuffer(json.dumps(index, sort_keys=True).encode(), np.uint8))
+def _fingerprints(folder: Path) -> dict[str, list[int]]:
+    """Size and CRC-32 of every file below the folder but the manifest."""
+    found = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != _MANIFEST):
+        with open(path, "rb") as file:
+            size = checksum = 0
+            while block := file.read(1 << 20):
+                size, checksum = size + len(block), zlib.crc32(block, checksum)
+        found[path.relative_to(folder).as_posix()] = [size, checksum]
+    return found
+
+
+def _verify(folder: Path) -> bool:
+    """True: every file is as written. False: killed before the manifest was, so nobody knows.
+
+    Raises:
+        _DamagedError: if a file is not as it was written.
+    """
+    if not (folder / _MANIFEST).exists():
+        return False
+    try:
+        written = read_json(folder / _MANIFEST)
+    except ValueError as error:
+        raise _DamagedError(folder, str(error)) from error
+    found = _fingerprints(folder)
+    if written != found:
+        names = [n for n in {**written, **found} if written.get(n) != found.get(n)]
+        raise _DamagedError(folder, f"changed since it was written: {', '.join(names)}")
+    return True
 
 
 def _name(generation: int) -> str:

@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from cycleqd_jax.runs.drawing import (
     SOFT,
     STYLE,
+    Numbers,
     heading,
     legend,
     new_figure,
@@ -31,7 +32,7 @@ def plot_curves(
     path: Path,
     rows: Sequence[Mapping[str, Any]],
     tasks: Sequence[str],
-    experts: Mapping[str, Sequence[float]] | None = None,
+    experts: Mapping[str, Numbers] | None = None,
 ) -> None:
     """Draws the curves and writes the PNG, atomically; see `draw_curves`."""
     save_picture(draw_curves(rows, tasks, experts), path)
@@ -40,7 +41,7 @@ def plot_curves(
 def draw_curves(
     rows: Sequence[Mapping[str, Any]],
     tasks: Sequence[str],
-    experts: Mapping[str, Sequence[float]] | None = None,
+    experts: Mapping[str, Numbers] | None = None,
 ) -> Figure:
     """Coverage, QD score and best score of every archive over the generations.
 

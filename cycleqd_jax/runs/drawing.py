@@ -15,6 +15,9 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from cycleqd_jax.runs.files import atomic_file
 
+Numbers = Any
+"""Numbers in a row or table: lists, tuples, NumPy or JAX arrays."""
+
 _PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#000000")
 INK = "#222222"
 SOFT = "#666666"

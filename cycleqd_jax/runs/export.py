@@ -13,7 +13,7 @@ from cycleqd_jax.merging.layout import GainLayout
 from cycleqd_jax.merging.spectral import gain_layout
 from cycleqd_jax.models.convert import save_model
 from cycleqd_jax.runs.files import write_text_atomic
-from cycleqd_jax.runs.report import with_means
+from cycleqd_jax.runs.report import Scores, with_means
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ModelCard:
     base: str
     experts: Mapping[str, str]
     recipe: Mapping[str, Coefficients] = field(default_factory=dict)
-    scores: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    scores: Mapping[str, Scores] = field(default_factory=dict)
     command: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,19 +44,13 @@ def to_numpy(leaf: Any, name: str) -> np.ndarray:
     raise ValueError(f"{name}: expected an array or a number, found {type(leaf).__name__}")
 
 
-def checksum(array: np.ndarray) -> int:
-    """CRC-32 of the array's bytes in row-major order."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
 def leaf_index(name: str, leaf: Any, array: np.ndarray) -> dict[str, Any]:
-    """What is written about a leaf: path, kind, and its array's shape, dtype and checksum."""
+    """What is written about a leaf: path, kind, and its array's shape and dtype."""
     return {
         "path": name,
         "kind": _kind(leaf),
         "shape": list(array.shape),
         "dtype": array.dtype.name,
-        "checksum": checksum(array),
     }
 
 

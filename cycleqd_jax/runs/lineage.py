@@ -17,7 +17,7 @@ class Birth:
         parents: ids of the parents; empty for a seed, twice the same id if one elite was both.
         archive: the archive whose quality chose the parents; None for a seed.
         generation: 0 for seeds, then counted from 1.
-        scores: task name to score, higher is better; may be non-finite (recorded, never an elite).
+        scores: task name to score, higher is better; non-finite ones are kept too.
         operator: how it was made (a seed's name, crossover weights, …), in JSON types.
     """
 

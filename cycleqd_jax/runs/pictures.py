@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from cycleqd_jax.runs.drawing import INK, STYLE, heading, legend, new_figure, save_picture
+from cycleqd_jax.runs.drawing import INK, STYLE, Numbers, heading, legend, new_figure, save_picture
 
 _MARKERS = "osD^vPX"
 _EMPTY = "#E4E4E4"
@@ -39,13 +39,13 @@ class ArchivePicture:
         generations: how long the search ran, for the title.
     """
 
-    quality: np.ndarray
+    quality: Numbers
     bins: int
-    lower: np.ndarray
-    upper: np.ndarray
+    lower: Numbers
+    upper: Numbers
     tasks: Sequence[str]
-    experts: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    best: Sequence[float] | None = None
+    experts: Mapping[str, Numbers] = field(default_factory=dict)
+    best: Numbers = None
     generations: int | None = None
 
     def __post_init__(self) -> None:
@@ -86,7 +86,7 @@ class ArchivePicture:
         low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
         return Normalize(low, high) if high > low else Normalize(low - 0.05, high + 0.05)
 
-    def places(self) -> Iterator[tuple[str, str, str, Sequence[float]]]:
+    def places(self) -> Iterator[tuple[str, str, str, Numbers]]:
         """Label, marker, colour and scores of everything marked in the panels."""
         for i, (name, scores) in enumerate(self.experts.items()):
             yield f"expert {name}", _MARKERS[i % len(_MARKERS)], "white", scores

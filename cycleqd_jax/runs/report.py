@@ -1,9 +1,9 @@
 """The result of a run in numbers: the table on the terminal and ``summary.json``."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, SupportsFloat
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,7 +12,7 @@ from rich.text import Text
 BEST = "cycleqd/best"
 _OURS = "cycleqd/"
 
-Scores = Mapping[str, float]
+Scores = Mapping[str, SupportsFloat]
 
 
 @dataclass(frozen=True)
@@ -103,9 +103,9 @@ def summary(
     models: Mapping[str, Scores],
     generations: int,
     evaluations: int,
-    coverage: Sequence[float],
-    qd_score: Sequence[float],
-    seconds: Mapping[str, float],
+    coverage: Iterable[SupportsFloat],
+    qd_score: Iterable[SupportsFloat],
+    seconds: Mapping[str, SupportsFloat],
 ) -> dict[str, Any]:
     """The content of ``summary.json``; write it with `cycleqd_jax.runs.files.write_json_atomic`.
 
@@ -119,7 +119,8 @@ def summary(
         qd_score: sum of qualities of each archive, (K,).
         seconds: wall time of the phases (``train``, ``evolve``, ``test``).
     """
-    for name, values in (("coverage", coverage), ("qd_score", qd_score)):
+    archives = {"coverage": _floats(coverage), "qd_score": _floats(qd_score)}
+    for name, values in archives.items():
         if len(values) != len(tasks):
             raise ValueError(
                 f"{name}: expected a value for each of {list(tasks)}, found {len(values)}"
@@ -130,10 +131,13 @@ def summary(
         "models": with_means(models, tasks),
         "generations": int(generations),
         "evaluations": int(evaluations),
-        "coverage": [float(c) for c in coverage],
-        "qd_score": [float(q) for q in qd_score],
+        **archives,
         "seconds": {phase: float(s) for phase, s in seconds.items()},
     }
+
+
+def _floats(values: Iterable[SupportsFloat]) -> list[float]:
+    return [float(value) for value in values]
 
 
 def _block(name: str) -> str:

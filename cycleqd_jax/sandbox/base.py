@@ -4,7 +4,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
-from typing import Literal, Protocol, Self
+from typing import Literal, Protocol, runtime_checkable
 
 Kind = Literal["python", "bash"]
 Status = Literal["ok", "error", "timeout", "killed"]
@@ -92,6 +92,7 @@ class Outcome:
     reason: str = ""
 
 
+@runtime_checkable
 class Sandbox(Protocol):
     """Runs programs that nobody trusts."""
 
@@ -103,7 +104,7 @@ class Sandbox(Protocol):
         """Ends the processes behind the sandbox; it cannot be used afterwards."""
         ...
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> "Sandbox": ...
 
     def __exit__(self, *exc: object) -> None: ...
 

@@ -1,105 +1,243 @@
-"""Workers behind the wall and the parent's side of the conversation with them."""
+"""The sandbox that users open: a few workers and the jobs spread over them."""
 
-import json
 import os
-import selectors
-import subprocess
-import tempfile
+import select
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
-from .base import Job, Limits, Outcome, Sandbox, SandboxBroken, SandboxUnavailable
+from .base import Job, Limits, Outcome, SandboxBroken, SandboxUnavailable
+from .inside import wire
 from .launch import COMMANDS, inner_layout
-from .layout import Layout, clean_environment, machine_layout
+from .layout import clean_environment, machine_layout
+from .worker import Worker
 
 Backend = Literal["auto", "bubblewrap", "unshare"]
+
+# A second job waits in the pipe, so that a worker never waits for the parent.
+_WINDOW = 2
+_PATIENCE_SECONDS = 10.0
+_ADVICE = (
+    "Programs written by a model are never run without a sandbox. Install bubblewrap "
+    "(`apt install bubblewrap`, `dnf install bubblewrap`) or util-linux, on Linux, and let "
+    "ordinary users make user namespaces: `sysctl kernel.unprivileged_userns_clone=1 "
+    "user.max_user_namespaces=10000`, on Ubuntu 24.04 and later also "
+    "`sysctl kernel.apparmor_restrict_unprivileged_userns=0`; a container needs `--privileged` "
+    "(or `--security-opt seccomp=unconfined --security-opt systempaths=unconfined`)."
+)
 
 
 def open_sandbox(
     backend: Backend = "auto", limits: Limits | None = None, workers: int | None = None
-) -> Sandbox:
-    """A sandbox that has already run one program."""
-    limits = limits or Limits()
-    names = list(COMMANDS) if backend == "auto" else [backend]
+) -> "Pool":
+    """A sandbox that has proved itself on one Python and one bash program.
+
+    backend: "auto" takes bubblewrap when it works, else util-linux's unshare.
+    limits: of every program. workers: programs that run at the same time, by default one for
+        each processor this process may use.
+
+    Raises SandboxUnavailable with what was tried and what to install, ValueError for an unknown
+    backend.
+    """
+    if backend != "auto" and backend not in COMMANDS:
+        known = ", ".join(["auto", *COMMANDS])
+        raise ValueError(f"sandbox backend: expected one of {known}, found {backend!r}")
+    if workers is not None and workers < 1:
+        raise ValueError(f"sandbox workers: expected at least 1, found {workers}")
     tried = []
-    for name in names:
+    for name in COMMANDS if backend == "auto" else [backend]:
         try:
-            pool = Pool(name, limits, workers or os.cpu_count() or 1)
+            return Pool(name, limits or Limits(), workers or len(os.sched_getaffinity(0)))
         except SandboxUnavailable as error:
             tried.append(f"{name}: {error}")
-            continue
-        return pool
-    raise SandboxUnavailable("; ".join(tried))
+    raise SandboxUnavailable(f"No sandbox works here. Tried: {'; '.join(tried)}. {_ADVICE}")
 
 
 class Pool:
-    def __init__(self, backend, limits, workers):
+    """Workers of one backend; made by `open_sandbox`.
+
+    One thread at a time runs jobs, others wait for it.
+    """
+
+    def __init__(self, backend: str, limits: Limits, workers: int) -> None:
+        self.backend = backend
+        self.limits = limits
+        self._lock = threading.Lock()
+        self._numbers = 0
+        self._workers: list[Worker] = []
         layout = machine_layout()
         command = COMMANDS[backend](layout)
         if command is None:
             raise SandboxUnavailable("not installed")
-        config = {
-            "layout": inner_layout(backend, layout),
-            "limits": {
-                "seconds": limits.seconds,
-                "memory_bytes": limits.memory_mb << 20,
-                "processes": limits.processes,
-                "file_bytes": limits.file_mb << 20,
-                "output_bytes": limits.output_kb << 10,
-                "snapshot_bytes": limits.snapshot_kb << 10,
-            },
+        config = {"layout": inner_layout(backend, layout), "limits": _plain(limits)}
+        try:
+            for _ in range(workers):
+                self._workers.append(Worker(command, clean_environment(layout), config))
+            self._prove()
+        except BaseException:
+            self.close()
+            raise
+
+    def _prove(self) -> None:
+        try:
+            outcomes = self.run([Job("python", "print(6 * 7)"), Job("bash", "echo $((6 * 7))")])
+        except SandboxBroken as error:
+            raise SandboxUnavailable(str(error)) from error
+        for kind, outcome in zip(("Python", "bash"), outcomes, strict=True):
+            if outcome.stdout != "42\n":
+                raise SandboxUnavailable(f"a {kind} program that prints 42 gave {outcome}")
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        """Outcomes of `jobs` in their order.
+
+        Raises SandboxBroken when programs can no longer be started, ValueError when the files
+        of a job do not fit `Limits.file_mb`.
+        """
+        for job in jobs:
+            self._check(job)
+        with self._lock:
+            if not self._workers:
+                raise ValueError("this sandbox is closed; open another one")
+            return _Batch(self._workers, self.limits, self._pack(jobs)).run()
+
+    def _pack(self, jobs: Sequence[Job]) -> dict[int, bytes]:
+        # Numbers are never used twice: an answer that comes too late finds nobody.
+        first = self._numbers
+        self._numbers = (first + len(jobs)) % (1 << 31)
+        return {
+            (first + index) % (1 << 31): wire.pack_job(
+                (first + index) % (1 << 31),
+                job.snapshot,
+                job.kind == "python",
+                job.source,
+                job.files,
+                job.stdin,
+            )
+            for index, job in enumerate(jobs)
         }
-        self.procs = []
-        for _ in range(workers):
-            err = tempfile.TemporaryFile()
-            p = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=err, env=clean_environment(layout), start_new_session=True, bufsize=0)
-            self.procs.append(p)
-            send(p, config)
-            r = recv(p)
-            if not r or "ready" not in r:
-                err.seek(0)
-                raise SandboxUnavailable(f"{r} {err.read().decode()}")
 
-    def run(self, jobs):
-        out = [None] * len(jobs)
-        todo = deque(enumerate(jobs))
-        lock = threading.Lock()
-        def work(p):
-            infl = 0
-            while True:
-                while infl < 2:
-                    with lock:
-                        if not todo:
-                            break
-                        i, job = todo.popleft()
-                    send(p, {"id": i, "snapshot": job.snapshot})
-                    send(p, {"kind": job.kind, "source": job.source, "files": dict(job.files), "stdin": job.stdin})
-                    infl += 1
-                if not infl:
-                    return
-                r = recv(p)
-                infl -= 1
-                if "error" in r:
-                    raise SandboxBroken(r["error"])
-                i = r.pop("id"); out[i] = Outcome(**r)
-        ts = [threading.Thread(target=work, args=(p,)) for p in self.procs]
-        [t.start() for t in ts]
-        [t.join() for t in ts]
-        return out
+    def _check(self, job: Job) -> None:
+        size = sum(len(text.encode(errors="replace")) for text in job.files.values())
+        if size > self.limits.file_mb << 20:
+            raise ValueError(
+                f"Job.files: {size / 2**20:.1f} MiB in all, Limits.file_mb allows "
+                f"{self.limits.file_mb}; make the files smaller or the limit larger"
+            )
 
-    def close(self):
-        for p in self.procs:
-            p.stdin.close(); p.stdout.close()
-            p.wait()
-    def __enter__(self): return self
-    def __exit__(self, *a): self.close()
+    def close(self) -> None:
+        """End all workers; safe to repeat."""
+        for worker in self._workers:
+            worker.close()
+        self._workers = []
 
-def send(p, m):
-    b = json.dumps(m).encode()
-    p.stdin.write(len(b).to_bytes(4, "big") + b)
+    def __enter__(self) -> "Pool":
+        return self
 
-def recv(p):
-    from .inside.jail import read_frame
-    return read_frame(p.stdout.fileno())
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class _Batch:
+    """The state of one call of run: what waits, what is under way, what is done."""
+
+    def __init__(self, workers: list[Worker], limits: Limits, packed: dict[int, bytes]) -> None:
+        self._workers = workers
+        self._limits = limits
+        self._packed = packed
+        self._waiting = deque(packed)
+        self._done: dict[int, Outcome] = {}
+        self._failures: dict[int, int] = {}
+        self._under_way: dict[Worker, list[int]] = {worker: [] for worker in workers}
+        self._heard = dict.fromkeys(workers, time.monotonic())
+
+    def run(self) -> list[Outcome]:
+        try:
+            while len(self._done) < len(self._packed):
+                for worker in self._workers:
+                    self._guard(worker, self._feed)
+                self._exchange()
+                self._restart_silent()
+        except BaseException:
+            # What is still under way would be answered into the next batch.
+            for worker, numbers in self._under_way.items():
+                if numbers:
+                    worker.stop()
+            raise
+        return [self._done[number] for number in self._packed]
+
+    def _feed(self, worker: Worker) -> None:
+        if not worker.alive:
+            worker.start()
+        numbers = self._under_way[worker]
+        while self._waiting and len(numbers) < _WINDOW:
+            if not numbers:
+                self._heard[worker] = time.monotonic()
+            numbers.append(self._waiting.popleft())
+            worker.send(self._packed[numbers[-1]])
+
+    def _exchange(self) -> None:
+        poller = select.poll()
+        by_fd: dict[int, Worker] = {}
+        for worker in self._workers:
+            if worker.alive and self._under_way[worker]:
+                by_fd[worker.reading] = by_fd[worker.writing] = worker
+                poller.register(worker.reading, select.POLLIN)
+                if worker.waiting_to_write:
+                    poller.register(worker.writing, select.POLLOUT)
+        for worker in dict.fromkeys(by_fd[fd] for fd, _ in poller.poll(1000)):
+            self._guard(worker, self._talk)
+
+    def _talk(self, worker: Worker) -> None:
+        worker.flush()
+        for message in worker.receive():
+            self._heard[worker] = time.monotonic()
+            number = message.pop("id")
+            self._under_way[worker].remove(number)
+            if "error" in message:
+                self._again(number, message["error"])
+            else:
+                self._done[number] = Outcome(**message)
+
+    def _guard(self, worker: Worker, action: Any) -> None:
+        try:
+            action(worker)
+        except OSError as error:
+            self._lost(worker, f"the sandbox server died ({error}) {worker.complaint()}")
+        except SandboxUnavailable as error:
+            raise SandboxBroken(f"the sandbox server does not start again: {error}") from error
+
+    def _lost(self, worker: Worker, why: str) -> None:
+        worker.stop()
+        # Only the oldest can have been running; the others were still in the pipe.
+        for age, number in reversed(list(enumerate(self._under_way[worker]))):
+            if age == 0:
+                self._again(number, why)
+            else:
+                self._waiting.appendleft(number)
+        self._under_way[worker] = []
+
+    def _again(self, number: int, why: str) -> None:
+        self._failures[number] = self._failures.get(number, 0) + 1
+        if self._failures[number] > 1:
+            raise SandboxBroken(f"a program could not be run, twice: {why}")
+        self._waiting.append(number)
+
+    def _restart_silent(self) -> None:
+        latest = time.monotonic() - self._limits.seconds - _PATIENCE_SECONDS
+        for worker in self._workers:
+            if self._under_way[worker] and self._heard[worker] < latest:
+                worker.kill()
+                self._lost(worker, "the sandbox server did not answer")
+
+
+def _plain(limits: Limits) -> dict[str, float]:
+    return {
+        "seconds": limits.seconds,
+        "memory_bytes": limits.memory_mb << 20,
+        "processes": limits.processes,
+        "file_bytes": limits.file_mb << 20,
+        "output_bytes": limits.output_kb << 10,
+        "snapshot_bytes": limits.snapshot_kb << 10,
+    }

@@ -206,6 +206,11 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"leaf 'w': a matrix needs at least 2.*\(3,\)"):
             decompose([{"w": np.ones(3)}], {"w": "matrix"})
 
+    def test_entries_that_are_not_finite(self):
+        broken = {"w": np.asarray([[1.0, np.nan]])}
+        with pytest.raises(ValueError, match=r"leaf 'w' of task vector 1.*not finite"):
+            decompose([{"w": np.ones((1, 2))}, broken], {"w": "matrix"})
+
     def test_rank_zero(self):
         with pytest.raises(ValueError, match="at least 1, found 0"):
             decompose([{"w": np.ones((2, 2))}], {"w": "matrix"}, rank=0)

@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +8,6 @@ import pytest
 from flax import struct
 
 from cycleqd_jax.runs.leaves import (
-    checksum,
     leaf_index,
     mismatches,
     named_leaves,
@@ -17,21 +17,21 @@ from cycleqd_jax.runs.leaves import (
 )
 
 
-@struct.dataclass
-class Inner:
-    x: object
-    act: object = struct.field(pytree_node=False, default=None)
+class Inner(struct.PyTreeNode):
+    x: Any
+    act: Any = struct.field(pytree_node=False, default=None)
 
 
-@struct.dataclass
-class Outer:
-    inner: Inner
-    parts: tuple
+class Outer(struct.PyTreeNode):
+    inner: Any
+    parts: Any
     bins: int = struct.field(pytree_node=False, default=3)
 
 
 def outer(**changes):
-    return Outer(Inner(jnp.zeros((2, 3)), partial(max, 1)), ({"k": np.int8([1])}, 2.5), **changes)
+    return Outer(
+        Inner(jnp.zeros((2, 3)), partial(max, 1)), ({"k": np.array([1], np.int8)}, 2.5), **changes
+    )
 
 
 def index(tree):
@@ -55,16 +55,6 @@ def test_static_fields_are_found_at_any_depth_without_addresses():
     assert "0x" not in found["['a'][2].act"]
 
 
-def test_checksum_covers_every_bit_and_any_layout():
-    a = np.arange(24, dtype=np.float32).reshape(4, 6)
-    assert checksum(a) == checksum(np.asfortranarray(a))
-    assert checksum(a) != checksum(-a)
-    b = a.copy()
-    b.view(np.uint32)[3, 5] ^= 1
-    assert checksum(a) != checksum(b)
-    assert checksum(np.float64(2.0)) == checksum(np.array(2.0))
-
-
 def test_shapes_may_differ_and_nothing_else():
     template = outer()
     grown = outer().replace(inner=Inner(jnp.zeros((8, 3)), partial(max, 1)))
@@ -83,7 +73,7 @@ def test_shapes_may_differ_and_nothing_else():
 def test_rebuild_gives_every_leaf_the_templates_kind():
     template = (jnp.zeros(1), np.zeros(1), np.float32(0), 0, 0.0, True, jax.random.key(0))
     arrays = [to_numpy(leaf, "leaf") for leaf in template[:-1]]
-    arrays = [a + 1 if a.dtype != bool else ~a for a in arrays]
+    arrays = [np.asarray(a + 1 if a.dtype != bool else ~a) for a in arrays]
     arrays.append(np.asarray(jax.random.key_data(jax.random.key(7))))
     back = rebuild(template, arrays)
     assert [type(leaf) for leaf in back[1:6]] == [np.ndarray, np.float32, int, float, bool]

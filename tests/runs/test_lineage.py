@@ -43,7 +43,9 @@ def test_births_read_back_as_they_were_written(tmp_path):
 def test_a_row_that_is_no_birth_is_named(tmp_path):
     path = tmp_path / "lineage.jsonl"
     path.write_text('{"id": 1}\n')
-    with pytest.raises(ValueError, match=r"lineage\.jsonl: birth row: expected the keys.*'archive'"):
+    with pytest.raises(
+        ValueError, match=r"lineage\.jsonl: birth row: expected the keys.*'archive'"
+    ):
         read_births(path)
 
 

@@ -77,12 +77,22 @@ def _build(layout: dict[str, Any]) -> None:
     for point, flags in _mounts("/new"):
         if point != "/new":
             kernel.mount("", point, flags=flags | _read_only(point))
-    kernel.mount("proc", "/new/proc", "proc", _FLAGS["nosuid"] | _FLAGS["nodev"])
+    _mount_proc()
     kernel.mount("", "/new", flags=_read_only("/new"))
     os.chdir("/new")
     kernel.pivot_root(".", ".")
     kernel.detach(".")
     os.chdir("/")
+
+
+def _mount_proc() -> None:
+    # Programs mount their own over this one; the kernel lets them if this one hides nothing.
+    flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
+    try:
+        kernel.mount("proc", "/new/proc", "proc", flags)
+    except PermissionError:
+        # The launcher owns the process namespace: take the one it mounted.
+        kernel.mount("/old/proc", "/new/proc", flags=kernel.MS_BIND | kernel.MS_REC)
 
 
 def _bind(source: str, place: str) -> None:

@@ -31,6 +31,7 @@ class Running:
         self._texts: dict[int, bytearray] = {}
         self._open: set[int] = set()
         self._status = self._reason = self._error = ""
+        self._dead = False
         self._code = 0
         self._cpu = 0.0
         self._deadline = self._next_look = 0.0
@@ -102,18 +103,16 @@ class Running:
             self._status, self._reason = status, reason
         # Not yet waited for, so the number cannot belong to anybody else. It is the first
         # process of its namespace: the kernel kills all others with it.
-        os.kill(self.pid, signal.SIGKILL)
+        if not self._dead:
+            os.kill(self.pid, signal.SIGKILL)
 
     def ended(self, wait_status: int, usage: resource.struct_rusage) -> None:
         """Everything of the program is dead; take what is left in the pipes."""
         self._code = os.waitstatus_to_exitcode(wait_status)
         self._cpu = usage.ru_utime + usage.ru_stime
+        self._dead = True
         for fd in tuple(self._open):
-            text = self._texts[fd]
-            room = self._limits["output_bytes"] - len(text)
-            while room > 0 and (piece := os.read(fd, room)):
-                text += piece
-                room -= len(piece)
+            self.drain(fd)
 
     def report(self) -> dict[str, Any]:
         """The outcome, or an "error" of the sandbox itself; closes everything."""

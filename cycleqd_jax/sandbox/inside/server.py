@@ -84,11 +84,12 @@ class Supervisor:
         while True:
             self._listen(self._has_room())
             for fd, _ in self._poller.poll(_TICK_MS if self._running else None):
+                # An event may be older than what the events before it have changed.
                 if fd == 0:
                     self._start()
                 elif fd == self._children:
                     self._reap()
-                elif not self._by_pipe[fd].drain(fd):
+                elif fd in self._by_pipe and not self._by_pipe[fd].drain(fd):
                     self._forget(fd)
             now = time.monotonic()
             for program in self._running.values():

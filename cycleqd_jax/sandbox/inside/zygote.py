@@ -13,14 +13,15 @@ import resource
 import socket
 from typing import Any, NoReturn
 
+from . import filter as seccomp
 from . import kernel, program, wire
-from .filter import Filter
 
 INNER_UID = 1000
 SNAPSHOT, PLAIN = b"s", b"p"
 READY, FOLDER = b"+", b"/"
 _NAMESPACES = kernel.CLONE_NEWUSER | kernel.CLONE_NEWNS | kernel.CLONE_NEWPID
 _MAX_FDS = 256
+_STDIN = "/home/tmp/stdin"
 
 
 class Zygote:
@@ -35,7 +36,6 @@ class Zygote:
         self._mount_home = kernel.Mount("tmpfs", "/home", flags, options)
         self._mount_proc = kernel.Mount("proc", "/proc", flags | kernel.MS_NOEXEC)
         self._drop_capabilities = kernel.Drop()
-        self._forbid_calls = Filter()
         seconds = int(-(-limits["seconds"] // 1))
         # A hard limit one second later: the soft one is a signal that a program may ignore.
         self._own_limits = (
@@ -58,6 +58,7 @@ class Zygote:
         answer is an errno.
         """
         program.prepare()
+        seccomp.install()
         os.umask(0o022)
         random.seed(0)
         gc.collect()
@@ -86,6 +87,7 @@ class Zygote:
             self._map_user()
             self._mount_home()
             self._mount_proc()
+            _forbid_user_namespaces()
             os.mkdir("/home/user")
             os.mkdir("/home/tmp")
             os.chdir("/home/user")
@@ -97,11 +99,11 @@ class Zygote:
                 _send_folder(control)
             os.dup2(out, 1)
             os.dup2(err, 2)
-            os.setsid()
+            # A signal to its own group must not reach the supervisor's.
+            os.setpgid(0, 0)
             for name, value in self._own_limits:
                 resource.setrlimit(name, value)
             self._drop_capabilities()
-            self._forbid_calls()
             # Whoever sees this knows that the wall is complete.
             os.write(control, READY)
         except BaseException as error:
@@ -118,6 +120,13 @@ def _process_limit(processes: int) -> int:
     return processes if (major, minor) >= (5, 14) else processes + 4096
 
 
+def _forbid_user_namespaces() -> None:
+    # A program would be root in its own: it could mount a tmpfs without limit.
+    fd = os.open("/proc/sys/user/max_user_namespaces", os.O_WRONLY)
+    os.write(fd, b"0")
+    os.close(fd)
+
+
 def _write_files(files: list[tuple[bytes, bytes]]) -> None:
     for path, content in files:
         folder = path.rpartition(b"/")[0]
@@ -131,7 +140,8 @@ def _write_files(files: list[tuple[bytes, bytes]]) -> None:
 
 def _standard_input(text: bytes) -> None:
     # The zygote's own standard input is /dev/null, which serves everybody else.
-    fd = os.memfd_create("stdin")
+    fd = os.open(_STDIN, os.O_RDWR | os.O_CREAT, 0o600)
+    os.unlink(_STDIN)
     wire.write_all(fd, text)
     os.lseek(fd, 0, os.SEEK_SET)
     os.dup2(fd, 0)
