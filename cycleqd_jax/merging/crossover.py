@@ -14,12 +14,11 @@ SMALLEST_WEIGHT_SUM = 1e-6
 
 
 def linear_crossover(mean: float = 1.0, std: float = 0.1) -> Crossover:
-    """Normalised linear merge of CycleQD: ``(w1 a + w2 b) / (w1 + w2)`` with ``w_i ~ N(mean,
-    std^2)``.
+    """Normalised linear merge ``(w1 a + w2 b) / (w1 + w2)``, ``w_i ~ N(mean, std^2)``.
 
-    One pair of weights for the whole model; negative weights are allowed. When ``|w1 + w2| <
-    1e-6`` the child is the parents' mean. The same formula serves task vectors and gains (Kuroki
-    et al., arXiv 2410.14735, section 3).
+    One pair of weights for the whole model; negative weights are allowed. When
+    ``|w1 + w2| < 1e-6`` the child is the parents' mean. The same formula serves task vectors and
+    gains (CycleQD, Kuroki et al., arXiv 2410.14735).
 
     Args:
         mean: mean of a parent's weight.

@@ -1,6 +1,4 @@
-"""Singular directions of one stack of matrices from a Gram matrix, and the report of what was
-dropped.
-"""
+"""Singular directions of a stack of matrices from Gram matrices, and the report of what is lost."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -52,16 +50,19 @@ def _row_and_column_norms(w: Float[Array, "*layers m n"]) -> Float[Array, "*laye
 
 
 def noise_floor(weights: Any, noise: float) -> np.ndarray:
-    """Singular value below which a direction drowns in the rounding of the weights, one a layer,
-    shape (...).
+    """Singular value below which a direction drowns in the rounding of the weights: shape (...).
 
     Rounding to relative precision ``noise`` adds independent errors of about ``0.2 * noise *
     |w_ij|``. The norm of such a matrix is close to its largest row norm plus its largest column
     norm (Bandeira and van Handel, 2016, doi 10.1214/15-AOP1025); the factor 0.5 leaves a margin
     of 2.5.
     """
-    norms = np.asarray(_row_and_column_norms(jnp.asarray(weights)), np.float32)
-    return np.asarray(0.5 * noise * norms, np.float32)
+    return np.asarray(0.5 * noise * row_and_column_norms(weights), np.float32)
+
+
+def row_and_column_norms(weights: Any) -> np.ndarray:
+    """Largest row norm plus largest column norm of every matrix, shape (...), float32."""
+    return np.asarray(_row_and_column_norms(jnp.asarray(weights)), np.float32)
 
 
 def _matmul(a: Float[Array, "layers p q"], b: Float[Array, "layers q r"]) -> jax.Array:
@@ -111,8 +112,8 @@ def _resolve(
 @jax.jit
 def _directions(
     tall: Float[Array, "layers p q"],
-) -> tuple[Float[Array, "layers q q"], Float[Array, "layers q"]]:
-    """Right singular vectors and singular values, largest first.
+) -> tuple[Float[Array, "layers q q"], Float[Array, "layers q"], Float[Array, " layers"]]:
+    """Right singular vectors, singular values, largest first, and the matrices' norms.
 
     A Gram matrix squares the range of the singular values: its eigenvectors tell directions apart
     down to ``sqrt(eps)`` of the largest only. But in the basis found so far the Gram matrix is
@@ -133,39 +134,10 @@ def _directions(
         return _matmul(vectors, _resolve(_matmul(tall, vectors), small))
 
     vectors = jax.lax.fori_loop(0, len(BOUNDARIES), refine, _eigenvectors(_gram(tall)))
-    return vectors, jnp.linalg.norm(_matmul(tall, vectors), axis=-2) * norm[..., 0]
+    values = jnp.linalg.norm(_matmul(tall, vectors), axis=-2) * norm[..., 0]
+    return vectors, values, norm[:, 0, 0]
 
 
-@jax.jit
-def _own_rounding(tall: Float[Array, "layers p q"]) -> Float[Array, " layers"]:
-    """Size of ``|tau v_i|`` that float32 arithmetic alone gives a direction tau does not have."""
-    return float(jnp.finfo(jnp.float32).eps) * jnp.linalg.norm(tall, axis=(-1, -2))
-
-
-@jax.jit
-def _project_all(
-    tall: Float[Array, "layers p q"], right: Float[Array, "layers q q"]
-) -> tuple[Float[Array, "layers p q"], Float[Array, "layers q q"]]:
-    return _matmul(tall, right), right
-
-
-@jax.jit
-def _project_leading(
-    tall: Float[Array, "layers p q"], right: Float[Array, "layers q r"]
-) -> tuple[Float[Array, "layers p r"], Float[Array, "layers q r"]]:
-    """Factors of the leading directions, sharpened by one step of subspace iteration.
-
-    Multiplying by tau once more shrinks the error of the subspace by the square of the gap to the
-    dropped directions.
-    """
-    left, _ = jnp.linalg.qr(_matmul(tall, right))
-    images = _matmul(jnp.swapaxes(tall, -1, -2), left)
-    scale = jnp.sqrt(jnp.sum(jnp.square(images), axis=(-1, -2), keepdims=True))
-    turn = _eigenvectors(_gram(images / jnp.where(scale > 0, scale, 1.0)))
-    return _matmul(left, turn), _matmul(images, turn)
-
-
-@jax.jit
 def _relative_error(
     tall: Float[Array, "layers p q"],
     left: Float[Array, "layers p r"],
@@ -174,6 +146,31 @@ def _relative_error(
     rest = tall - _matmul(left, jnp.swapaxes(right, -1, -2))
     norm = jnp.linalg.norm(tall, axis=(-1, -2))
     return jnp.where(norm > 0, jnp.linalg.norm(rest, axis=(-1, -2)) / norm, 0.0)
+
+
+@jax.jit
+def _project_all(
+    tall: Float[Array, "layers p q"], right: Float[Array, "layers q q"]
+) -> tuple[jax.Array, jax.Array, Float[Array, " layers"]]:
+    left = _matmul(tall, right)
+    return left, right, _relative_error(tall, left, right)
+
+
+@jax.jit
+def _project_leading(
+    tall: Float[Array, "layers p q"], right: Float[Array, "layers q r"]
+) -> tuple[jax.Array, jax.Array, Float[Array, " layers"]]:
+    """Factors (p, r) and (q, r) of the leading directions, after a step of subspace iteration.
+
+    Multiplying by tau once more shrinks the error of the subspace by the square of the gap to the
+    dropped directions.
+    """
+    left, _ = jnp.linalg.qr(_matmul(tall, right))
+    images = _matmul(jnp.swapaxes(tall, -1, -2), left)
+    scale = jnp.sqrt(jnp.sum(jnp.square(images), axis=(-1, -2), keepdims=True))
+    turn = _eigenvectors(_gram(images / jnp.where(scale > 0, scale, 1.0)))
+    left, images = _matmul(left, turn), _matmul(images, turn)
+    return left, images, _relative_error(tall, left, images)
 
 
 def factorise(
@@ -196,19 +193,23 @@ def factorise(
     stack = tau.reshape(layers, m, n)
     tall = stack if m >= n else jnp.swapaxes(stack, -1, -2)
     kept = 0
-    if layers and bool(jnp.any(stack != 0)):
-        vectors, values = _directions(tall)
-        floors = np.maximum(np.reshape(floor, layers), np.asarray(_own_rounding(tall)))
+    touched = row_and_column_norms(tau) > 0
+    if touched.any():
+        vectors, values, norms = _directions(tall)
+        # float32 arithmetic alone gives a direction tau does not have a size of about eps |tau|.
+        own = np.finfo(np.float32).eps * np.asarray(norms)
+        floors = np.maximum(np.reshape(floor, layers), own)
         above = np.flatnonzero((np.asarray(values) > floors[:, None]).any(axis=0))
         kept = int(above[-1]) + 1 if above.size else 0
         kept = kept if rank is None else min(kept, rank)
     if kept == 0:
         left = jnp.zeros((layers, tall.shape[1], 0), jnp.float32)
         right = jnp.zeros((layers, tall.shape[2], 0), jnp.float32)
+        error = touched.astype(np.float32)
     elif kept == tall.shape[2]:
-        left, right = _project_all(tall, vectors)
+        left, right, error = _project_all(tall, vectors)
     else:
-        left, right = _project_leading(tall, vectors[..., :kept])
-    error = np.asarray(_relative_error(tall, left, right)).reshape(batch)
+        left, right, error = _project_leading(tall, vectors[..., :kept])
     u, v = (left, right) if m >= n else (right, left)
+    error = np.asarray(error).reshape(batch)
     return u.reshape(*batch, m, kept), v.reshape(*batch, n, kept), error

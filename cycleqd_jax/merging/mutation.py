@@ -16,9 +16,7 @@ from cycleqd_jax.merging.layout import GainLayout, LeafLayout
 from cycleqd_jax.merging.spectral import SpectralBasis, expand, gain_layout
 
 Mutation = Callable[[jax.Array, Any, Any], Any]
-"""``(key, genotype, expert) -> genotype``: a tree without batch axis, ``expert`` an int32 scalar
-(may be traced).
-"""
+"""``(key, genotype, expert) -> genotype``: no batch axis; ``expert`` is an int32 scalar."""
 
 Space = Literal["spectral", "dense"]
 
@@ -35,8 +33,7 @@ def _check_strength(name: str, value: float) -> None:
 def draw_expert_gains(
     key: jax.Array, basis: SpectralBasis | GainLayout, expert: Any, w_max: Any
 ) -> Any:
-    """Random increment of one expert's gains: ``w ~ U[0, w_max]`` in its block of every matrix, 0
-    elsewhere.
+    """Random increment of one expert's matrix gains: ``w ~ U[0, w_max]``, 0 elsewhere.
 
     Only as many numbers are drawn as the largest block holds; vector leaves stay zero.
 
@@ -84,12 +81,11 @@ def _dense_expert_svd(
 def expert_svd_mutation(
     basis: SpectralBasis | GainLayout, w_max: float = 0.1, space: Space = "spectral"
 ) -> Mutation:
-    """Expert-SVD mutation: ``tau_l <- tau_l + U_q (S_q w) V_q^T`` with expert q's directions, ``w
-    ~ U[0, w_max]``.
+    """Expert-SVD mutation ``tau_l <- tau_l + U_q (S_q w) V_q^T``, ``w ~ U[0, w_max]``.
 
-    Both spaces draw the same w for the same key, so a spectral child expands to the dense one.
-    Vector leaves pass unchanged. This is what the authors' code of CycleQD computes (arXiv
-    2410.14735).
+    The directions are expert q's. Both spaces draw the same w for the same key, so a spectral
+    child expands to the dense one. Vector leaves pass unchanged. This is what the authors' code
+    of CycleQD computes (arXiv 2410.14735).
 
     Args:
         basis: the experts' basis; in the spectral space its ``GainLayout`` is enough, and all
@@ -113,8 +109,7 @@ def expert_svd_mutation(
 
 
 def gain_scaling_mutation(basis: SpectralBasis | GainLayout, w_max: float = 2.0) -> Mutation:
-    """Scaling of gains: ``g <- g w``, ``w ~ U[0, w_max]`` for every matrix gain; the expert does
-    not matter.
+    """Scaling of matrix gains, ``g <- g w`` with ``w ~ U[0, w_max]``, whoever the expert is.
 
     The spectral space's analogue of the paper's child-SVD mutation ``U (S w) V^T``, which scales
     the child's own singular values and is not closed in this space: here the experts' directions

@@ -11,9 +11,8 @@ and one gain for each expert on vector leaves. Expert e is the indicator of its 
 zero, and linear crossover and expert-SVD mutation never leave the space.
 
 Only one orthonormal factor is computed: with V orthonormal, ``U = tau V`` rebuilds tau to
-    rounding for *any* V that
-spans its rows, so the poor conditioning of the Gram matrix ``tau^T tau`` does not enter the
-reconstruction.
+rounding for *any* V that spans its rows, so the poor conditioning of the Gram matrix
+``tau^T tau`` does not enter the reconstruction.
 """
 
 from collections.abc import Sequence
@@ -25,7 +24,12 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float
 
-from cycleqd_jax.merging.decomposition import DecompositionReport, factorise, noise_floor
+from cycleqd_jax.merging.decomposition import (
+    DecompositionReport,
+    factorise,
+    noise_floor,
+    row_and_column_norms,
+)
 from cycleqd_jax.merging.layout import GainLayout, LeafLayout
 from cycleqd_jax.merging.task_vector import (
     ROLES,
@@ -38,8 +42,7 @@ FLOAT32_EPS = float(np.finfo(np.float32).eps)
 
 
 class MatrixFactors(struct.PyTreeNode):
-    """Rank-one terms of all experts for one matrix leaf, expert e's task vector being its block's
-    ``u v^T``.
+    """Rank-one terms of all experts for one matrix leaf; block e is expert e's task vector.
 
     Attributes:
         u: (..., m, R) float32.
@@ -64,9 +67,7 @@ class VectorFactors(struct.PyTreeNode):
 
 
 SpectralBasis = Any
-"""Tree with the structure of the parameters and a ``MatrixFactors`` or ``VectorFactors`` at every
-leaf.
-"""
+"""Tree with the parameters' structure and ``MatrixFactors`` or ``VectorFactors`` for leaves."""
 
 
 def _is_factors(node: Any) -> bool:
@@ -127,7 +128,9 @@ def _check_leaf(path: str, role: Any, leaves: Sequence[Any]) -> None:
             f"found shape {jnp.shape(leaves[0])}"
         )
     for e, leaf in enumerate(leaves):
-        if not bool(jnp.isfinite(jnp.asarray(leaf)).all()):
+        # A matrix's norms are needed later anyway, so this compiles nothing more.
+        sample = row_and_column_norms(leaf) if role == "matrix" else np.asarray(leaf, np.float32)
+        if not np.isfinite(sample).all():
             raise ValueError(f"leaf '{path}' of task vector {e} has entries that are not finite")
 
 
@@ -205,9 +208,7 @@ def zero_gains(basis: SpectralBasis | GainLayout) -> Any:
 
 
 def expert_gains(basis: SpectralBasis | GainLayout, expert: int | jax.Array) -> Any:
-    """Gains of one expert, the indicator of its blocks. Raises ``ValueError`` if it does not
-    exist.
-    """
+    """Gains of one expert, the indicator of its blocks; ``ValueError`` if it does not exist."""
     return gain_layout(basis).indicator(expert)
 
 
@@ -237,8 +238,7 @@ def _weighted_sum(
 
 
 def expand(basis: SpectralBasis, gains: Any) -> Any:
-    """Task vector of a genotype: ``sum_i g_i u_i v_i^T`` a matrix, ``sum_e g_e delta_e`` a
-    vector; float32.
+    """Task vector of a genotype, float32: ``sum_i g_i u_i v_i^T`` or ``sum_e g_e delta_e``.
 
     Pass the basis as an argument of the function you jit; a closure would embed it as a constant.
     For a population, ``jax.vmap(expand, in_axes=(None, 0))``.

@@ -131,6 +131,22 @@ def per_row(params: Any, rows: Int[Array, " batch"]) -> Any:
     return jax.tree.map(leaf, params, is_leaf=is_kernel)
 
 
+def materialise_candidate(params: Any, candidate: Int[Array, ""]) -> Any:
+    """Plain weights W(g) of one candidate of attached parameters, accumulated in float32."""
+
+    def leaf(node: Any) -> Any:
+        if isinstance(node, CandidateVector):
+            return jnp.take(node.values, candidate, axis=-2)
+        if not isinstance(node, SpectralKernel) or node.u.shape[-1] == 0:
+            return node.base if isinstance(node, SpectralKernel) else node
+        gain = jnp.take(node.gain, candidate, axis=-2)
+        scaled = node.u.astype(jnp.float32) * gain[..., None, :]
+        shift = scaled @ jnp.swapaxes(node.v.astype(jnp.float32), -1, -2)
+        return (node.base.astype(jnp.float32) + shift).astype(node.base.dtype)
+
+    return jax.tree.map(leaf, params, is_leaf=is_kernel)
+
+
 def num_candidates(params: Any) -> int | None:
     """How many candidates the kernels of `params` hold; None for plain weights."""
     for node in jax.tree.leaves(params, is_leaf=is_kernel):
@@ -139,6 +155,16 @@ def num_candidates(params: Any) -> int | None:
         if isinstance(node, CandidateVector):
             return int(node.values.shape[-2])
     return None
+
+
+def spectral_share(params: Any) -> float:
+    """Multiplications of the low-rank products over those of the dense ones, per token."""
+    dense = low_rank = 0
+    for node in jax.tree.leaves(params, is_leaf=is_kernel):
+        if isinstance(node, SpectralKernel):
+            dense += node.base.size
+            low_rank += node.u.size + node.v.size
+    return low_rank / dense if dense else 0.0
 
 
 def is_kernel(node: Any) -> bool:

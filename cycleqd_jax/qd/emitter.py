@@ -66,8 +66,9 @@ def breed(
     experts: tuple[int, ...],
     batch_size: int,
 ) -> Offspring:
-    """One batch of children; every child has its own key, split once for selection, crossover and
-    mutation.
+    """One batch of children.
+
+    Every child has its own key, split once for selection, crossover and mutation.
 
     Args:
         repertoire: where parents come from.

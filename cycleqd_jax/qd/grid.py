@@ -138,9 +138,7 @@ def bins_of(grid: Grid, scores: Float[Array, "batch tasks"]) -> Int[Array, "batc
 def cell_of(
     grid: Grid, scores: Float[Array, "batch tasks"], k: int | Int[Array, ""]
 ) -> Int[Array, " batch"]:
-    """Cell of every row in archive k, row-major over the other tasks in task order; ``k`` may be
-    traced.
-    """
+    """Cell of every row in archive k (may be traced), row-major over the other tasks in order."""
     bins = jnp.take(bins_of(grid, scores), other_tasks(grid.num_tasks, k), axis=1)
     powers = [grid.bins**i for i in reversed(range(grid.num_tasks - 1))]
     return jnp.sum(bins * jnp.asarray(powers, jnp.int32), axis=1, dtype=jnp.int32)

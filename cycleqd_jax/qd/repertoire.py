@@ -19,9 +19,7 @@ from cycleqd_jax.qd.grid import Grid, centroids, other_tasks
 from cycleqd_jax.qd.insertion import EMPTY, Decision, assign_slots, decide, occupied_slots
 
 FULL_POOL_BYTES = 2**28
-"""A pool up to this size is allocated at once for the worst case; a bigger one starts small and
-grows.
-"""
+"""A pool up to this size is allocated at once for the worst case; a bigger one starts small."""
 
 
 class CyclicRepertoire(Repertoire):
@@ -111,9 +109,8 @@ class CyclicRepertoire(Repertoire):
     ) -> "CyclicRepertoire":
         """Offer a batch to all archives; QDax's order of arguments.
 
-        Eagerly the pool doubles until everything fits: an elite is never dropped. Compiled code
-            cannot grow it,
-        so there the capacity must cover the worst case.
+        Eagerly the pool doubles until everything fits, so an elite is never dropped. Compiled
+        code cannot grow it: there the capacity must cover the worst case.
 
         Args:
             genotypes: tree with leaves (B, ...), shapes and dtypes of the pool.
@@ -176,18 +173,16 @@ class CyclicRepertoire(Repertoire):
         return jax.tree.map(lambda x: x[indices], self.genotypes)
 
     def index_archive(self, k: int | Int[Array, ""]) -> MapElitesRepertoire:
-        """Archive k as a QDax repertoire whose genotypes are pool indices (C,); ``k`` may be
-        traced.
+        """Archive k as a QDax repertoire whose genotypes are pool indices (C,).
 
-        Cheap: nothing of the pool but scores is read. Fitnesses (C, 1) are -inf in empty cells,
-            descriptors
-        (C, K-1) the elites' scores on the other tasks, 0 in empty cells.
+        Cheap, as nothing of the pool but scores is read; ``k`` may be traced. Fitnesses (C, 1)
+        are -inf in empty cells, descriptors (C, K-1) the elites' scores on the other tasks, 0 in
+        empty cells.
         """
         return _index_view(self.grid, self.scores, self.cells, jnp.asarray(k, jnp.int32))
 
     def archive(self, k: int | Int[Array, ""]) -> MapElitesRepertoire:
-        """Archive k as a QDax ``MapElitesRepertoire``, genotypes gathered to (C, ...), 0 in empty
-        cells.
+        """Archive k as a QDax ``MapElitesRepertoire``: genotypes (C, ...), 0 in empty cells.
 
         For QDax's metrics, plots and selectors. It copies an elite a cell; `index_archive` does
         not.
@@ -255,7 +250,7 @@ def _full_view(repertoire: CyclicRepertoire, k: Int[Array, ""]) -> MapElitesRepe
 
 
 @partial(jax.jit, static_argnames="capacity")
-def _write(
+def _write(  # noqa: PLR0917  # operands of one kernel
     pool: CyclicRepertoire,
     decision: Decision,
     genotypes: Any,

@@ -33,13 +33,11 @@ def draw_without_replacement(
     occupied: Bool[Array, " cells"],
     num_samples: int,
 ) -> Int[Array, " num_samples"]:
-    """Cells drawn one after another without replacement, each time with probability proportional
-    to weight.
+    """Cells drawn one after another without replacement, in proportion to their weight.
 
-    With fewer elites than samples the drawn elites repeat in the same order: a single elite is
-        both parents. An
-    elite of weight zero is drawn only when no other is left; with no elite at all cell 0 is
-    returned.
+    With fewer elites than samples the drawn elites repeat in the same order, so a single elite is
+    both parents. An elite of weight zero is drawn only when no other is left; with no elite at
+    all cell 0 is returned.
     """
     safe = jnp.where(occupied, jnp.maximum(weights, SMALLEST_WEIGHT), 1.0)
     # Adding Gumbel noise and sorting draws from the sequential distribution (Yellott, 1977).
@@ -140,9 +138,7 @@ class EliteSelector(WeightedSelector):
 def min_max(
     features: Float[Array, "cells features"], occupied: Bool[Array, " cells"]
 ) -> Float[Array, "cells features"]:
-    """Min-max normalisation of every column over the occupied cells; 0 in empty cells and where
-    all are equal.
-    """
+    """Min-max normalisation of columns over occupied cells; 0 if empty or where all are equal."""
     mask = occupied[:, None]
     low = jnp.min(features, axis=0, where=mask, initial=jnp.inf)
     high = jnp.max(features, axis=0, where=mask, initial=-jnp.inf)

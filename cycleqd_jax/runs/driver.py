@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 
-from cycleqd_jax.merging.spectral import expert_gains, materialise
+from cycleqd_jax.merging.spectral import gain_layout, materialise
 from cycleqd_jax.progress import Progress
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.curves import plot_curves
@@ -22,7 +21,7 @@ from cycleqd_jax.runs.finalists import Choice, choose_finals, choose_uniform
 from cycleqd_jax.runs.folder import RunFolder
 from cycleqd_jax.runs.jsonl import read_jsonl
 from cycleqd_jax.runs.pictures import ArchivePicture, plot_archives
-from cycleqd_jax.runs.report import describe_gain, gain, results_table, summary
+from cycleqd_jax.runs.report import results_table, summary
 from cycleqd_jax.runs.search import Search
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import open_sandbox
@@ -79,7 +78,7 @@ def evolve(
         clock = Clock()
         workspace = open_workspace(config)
         console.print(
-            f"basis: rank {_ranks(workspace)} of {len(workspace.experts)} experts, retained energy "
+            f"basis: rank {_ranks(workspace)} of each of {len(workspace.experts)} experts, retained energy "
             f"{workspace.report.mean():.4f} (lowest {workspace.report.minimum():.4f})"
         )
         with MemoSandbox(open_sandbox(config.sandbox)) as sandbox:
@@ -128,8 +127,9 @@ def _finish(
     clock.lap("test")
     metrics = search.metrics()
     result = summary(
-        config.tasks,
-        scores,
+        tasks=config.tasks,
+        split="test",
+        models=scores,
         generations=config.generations,
         evaluations=search.evaluations,
         coverage=[float(x) for x in metrics["coverage"]],
@@ -184,22 +184,13 @@ def _draw(workspace: Workspace, search: Search, folder: RunFolder, best: Choice)
 
 
 def _ranks(workspace: Workspace) -> str:
-    gains = jax.eval_shape(lambda: expert_gains(workspace.basis, 0))
-    widths = {
-        leaf.shape[-1]
-        for leaf, role in zip(
-            jax.tree.leaves(gains), jax.tree.leaves(workspace.report.roles), strict=True
-        )
-        if role == "matrix"
-    }
-    return f"{min(widths)}" if len(widths) == 1 else f"{min(widths)} to {max(widths)}"
+    layout = gain_layout(workspace.basis)
+    ranks = [rank for leaf in layout.leaves if leaf.role == "matrix" for rank in leaf.ranks]
+    return f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
 
 
 def _show(console: Console, result: Mapping[str, Any], folder: RunFolder) -> None:
     models, tasks = result["models"], result["tasks"]
     console.print(results_table(models, tasks))
-    ahead = gain(models, tasks)
-    if ahead is not None:
-        console.print(describe_gain(ahead))
     console.print(f"archives: {folder.archives_picture}   curves: {folder.curves_picture}")
     console.print(f"best model: {folder.best}", soft_wrap=True)

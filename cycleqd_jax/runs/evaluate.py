@@ -60,14 +60,15 @@ class Evaluator:
         for start in range(0, count, size):
             stop = min(start + size, count)
             part = jax.tree.map(lambda leaf, a=start, b=stop: _fill(leaf[a:b], size), gains)
-            self._policy.params = self._attach(self._workspace.base, self._workspace.basis, part)
+            attached = self._attach(self._workspace.base, self._workspace.basis, part)
+            self._policy.use(attached, population=True)
             parts.append(self._play(stop - start, problems))
             on_progress(stop)
         return _join(parts)
 
     def model(self, params: Any, problems: Problems) -> Rollout:
         """Play the problems with one model, given as weights."""
-        self._policy.params = params
+        self._policy.use(params, population=False)
         return self._play(1, problems)
 
     def _play(self, candidates: int, problems: Problems) -> Rollout:

@@ -13,10 +13,8 @@ class PopulationPolicy:
     Args:
         decoder: decodes rows of many candidates in one batch.
         tokenizer: a Hugging Face tokenizer with a chat template.
-        max_new_tokens: the longest answer.
 
-    ``params`` are the current population (plain weights, or weights with gains attached); assign
-    to it before each rollout.
+    Call `use` before each rollout.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Any) -> None:
@@ -28,15 +26,20 @@ class PopulationPolicy:
         self._decoder = decoder
         self._tokenizer = tokenizer
         self._rendered: dict[tuple[Message, ...], list[int]] = {}
-        self.params: Any = None
+        self._params: Any = None
+        self._population = False
+
+    def use(self, params: Any, *, population: bool) -> None:
+        """Speak with these weights: one model's, or a population's (with gains attached)."""
+        self._params, self._population = params, population
 
     def __call__(self, requests: Sequence[Request]) -> list[str]:
         """Answer every request, in order."""
         self._render({request.messages for request in requests} - self._rendered.keys())
         rows = self._decoder.decode(
             [self._rendered[request.messages] for request in requests],
-            [request.candidate for request in requests],
-            params=self.params,
+            [request.candidate for request in requests] if self._population else None,
+            params=self._params,
         )
         return self._tokenizer.batch_decode(rows, skip_special_tokens=True)
 

@@ -1,12 +1,11 @@
 """What every sandbox takes and gives: jobs, limits, outcomes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal, Protocol, runtime_checkable
 
-Kind = Literal["python", "bash"]
 Status = Literal["ok", "error", "timeout", "killed"]
 
 
@@ -23,17 +22,18 @@ class Limits:
     """What one program may use.
 
     seconds: wall-clock time; also CPU time of each process, rounded up to a whole second.
-    memory_mb: address space of each process, and resident memory of all its processes together
-        (sampled, a few times a second at least).
+    memory_mb: address space of each process (beyond the bare interpreter's), and resident memory
+        of all its processes together (looked at every 20 ms).
     processes: processes and threads alive at once, the program itself included.
-    file_mb: its whole private directory, hence also the largest file.
+    file_mb: its whole private directory and /tmp, with the job's own files and stdin; hence also
+        the largest file.
     output_kb: stdout and stderr each; a program that writes more is killed.
     snapshot_kb: text that a snapshot returns; more makes the outcome "killed".
 
     Raises ValueError for a limit that is not positive.
     """
 
-    seconds: float = 2.0
+    seconds: float | int = 2.0
     memory_mb: int = 256
     processes: int = 16
     file_mb: int = 16
@@ -58,7 +58,7 @@ class Job:
     Raises ValueError for an unknown kind or a path that is not inside the working directory.
     """
 
-    kind: Kind
+    kind: str
     source: str
     files: Mapping[str, str] = field(default_factory=dict)
     stdin: str = ""
@@ -69,6 +69,7 @@ class Job:
             raise ValueError(f'Job.kind: expected "python" or "bash", found {self.kind!r}')
         for path in self.files:
             _check_path(path)
+        _check_tree(self.files)
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,8 @@ def _check_path(path: str) -> None:
         else "has a NUL character"
         if "\0" in path
         else "is too long"
-        if len(path.encode(errors="replace")) > 1000 or any(len(part) > 80 for part in parts)
+        if len(path.encode(errors="replace")) > 1000
+        or any(len(part.encode(errors="replace")) > 255 for part in parts)
         else ""
     )
     if wrong:
@@ -129,3 +131,12 @@ def _check_path(path: str) -> None:
             f"Job.files: {path!r} {wrong}; expected a path inside the program's directory, "
             'such as "notes/a.txt" (or "notes/" for an empty directory)'
         )
+
+
+def _check_tree(files: Iterable[str]) -> None:
+    paths = {PurePosixPath(path) for path in files if not path.endswith("/")}
+    folders = {PurePosixPath(path) for path in files if path.endswith("/")}
+    for path in paths | folders:
+        folders.update(path.parents)
+    if both := sorted(map(str, paths & folders)):
+        raise ValueError(f"Job.files: {both[0]!r} is a file and a directory; rename one of them")

@@ -24,7 +24,8 @@ def bubblewrap_command(layout: Layout) -> list[str] | None:
         if path.count("/") == 1 and path != "/tmp":
             command += ["--symlink", target, path]
     command += ["--ro-bind", str(Path(__file__).parent / "inside"), _INSIDE]
-    command += ["--proc", "/proc", "--dir", "/tmp", "--chdir", "/"]
+    # As process 1 it is waited for, and with it goes everything else.
+    command += ["--as-pid-1", "--proc", "/proc", "--dir", "/tmp", "--chdir", "/"]
     return [*command, *_server(layout, os.path.dirname(_INSIDE))]
 
 

@@ -5,8 +5,7 @@ import select
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
 
 from .base import Job, Limits, Outcome, SandboxBroken, SandboxUnavailable
 from .inside import wire
@@ -14,11 +13,12 @@ from .launch import COMMANDS, inner_layout
 from .layout import clean_environment, machine_layout
 from .worker import Worker
 
-Backend = Literal["auto", "bubblewrap", "unshare"]
-
 # A second job waits in the pipe, so that a worker never waits for the parent.
 _WINDOW = 2
 _PATIENCE_SECONDS = 10.0
+_MAX_FILES, _MAX_SOURCE = 2000, 1 << 22
+# Namespaces of ended programs are cleared away a moment later: a refusal may not last.
+_TRIES = 5
 _ADVICE = (
     "Programs written by a model are never run without a sandbox. Install bubblewrap "
     "(`apt install bubblewrap`, `dnf install bubblewrap`) or util-linux, on Linux, and let "
@@ -30,7 +30,7 @@ _ADVICE = (
 
 
 def open_sandbox(
-    backend: Backend = "auto", limits: Limits | None = None, workers: int | None = None
+    backend: str = "auto", limits: Limits | None = None, workers: int | None = None
 ) -> "Pool":
     """A sandbox that has proved itself on one Python and one bash program.
 
@@ -92,8 +92,9 @@ class Pool:
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
         """Outcomes of `jobs` in their order.
 
-        Raises SandboxBroken when programs can no longer be started, ValueError when the files
-        of a job do not fit `Limits.file_mb`.
+        A server that dies is started again and so are its programs, each alone; one with which it
+        dies again is "killed". Raises SandboxBroken when programs can no longer be started,
+        ValueError for a job that does not fit `Limits.file_mb`.
         """
         for job in jobs:
             self._check(job)
@@ -104,27 +105,28 @@ class Pool:
 
     def _pack(self, jobs: Sequence[Job]) -> dict[int, bytes]:
         # Numbers are never used twice: an answer that comes too late finds nobody.
-        first = self._numbers
-        self._numbers = (first + len(jobs)) % (1 << 31)
-        return {
-            (first + index) % (1 << 31): wire.pack_job(
-                (first + index) % (1 << 31),
-                job.snapshot,
-                job.kind == "python",
-                job.source,
-                job.files,
-                job.stdin,
-            )
-            for index, job in enumerate(jobs)
-        }
+        packed = {}
+        for job in jobs:
+            body = wire.pack_body(job.kind == "python", job.source, job.files, job.stdin)
+            packed[self._numbers] = wire.pack_job(self._numbers, job.snapshot, body)
+            self._numbers = (self._numbers + 1) % (1 << 32)
+        return packed
 
     def _check(self, job: Job) -> None:
-        size = sum(len(text.encode(errors="replace")) for text in job.files.values())
+        # Every file takes whole pages of the private directory.
+        texts = [*job.files.values(), job.stdin]
+        size = sum(-(-len(text.encode(errors="replace")) // 4096) * 4096 for text in texts)
         if size > self.limits.file_mb << 20:
             raise ValueError(
-                f"Job.files: {size / 2**20:.1f} MiB in all, Limits.file_mb allows "
+                f"Job.files and Job.stdin: {size / 2**20:.1f} MiB in all, Limits.file_mb allows "
                 f"{self.limits.file_mb}; make the files smaller or the limit larger"
             )
+        for name, found, most in (
+            ("files", len(job.files), _MAX_FILES),
+            ("source", len(job.source), _MAX_SOURCE),
+        ):
+            if found > most:
+                raise ValueError(f"Job.{name}: expected a length of at most {most}, found {found}")
 
     def close(self) -> None:
         """End all workers; safe to repeat."""
@@ -153,6 +155,7 @@ class _Batch:
         self._heard = dict.fromkeys(workers, time.monotonic())
 
     def run(self) -> list[Outcome]:
+        """All outcomes, in the order of the jobs."""
         try:
             while len(self._done) < len(self._packed):
                 for worker in self._workers:
@@ -172,6 +175,9 @@ class _Batch:
             worker.start()
         numbers = self._under_way[worker]
         while self._waiting and len(numbers) < _WINDOW:
+            # After a failure a job runs alone, so that nobody else is blamed for the next one.
+            if numbers and not self._failures.keys().isdisjoint([*numbers, self._waiting[0]]):
+                break
             if not numbers:
                 self._heard[worker] = time.monotonic()
             numbers.append(self._waiting.popleft())
@@ -196,11 +202,11 @@ class _Batch:
             number = message.pop("id")
             self._under_way[worker].remove(number)
             if "error" in message:
-                self._again(number, message["error"])
+                self._refused(number, message["error"])
             else:
                 self._done[number] = Outcome(**message)
 
-    def _guard(self, worker: Worker, action: Any) -> None:
+    def _guard(self, worker: Worker, action: Callable[[Worker], None]) -> None:
         try:
             action(worker)
         except OSError as error:
@@ -210,19 +216,23 @@ class _Batch:
 
     def _lost(self, worker: Worker, why: str) -> None:
         worker.stop()
-        # Only the oldest can have been running; the others were still in the pipe.
-        for age, number in reversed(list(enumerate(self._under_way[worker]))):
-            if age == 0:
-                self._again(number, why)
+        numbers = self._under_way[worker]
+        for number in reversed(numbers):
+            if self._failed(number) > 1 and len(numbers) == 1:
+                self._done[number] = Outcome("killed", -9, "", "", None, f"twice, {why}")
             else:
                 self._waiting.appendleft(number)
         self._under_way[worker] = []
 
-    def _again(self, number: int, why: str) -> None:
-        self._failures[number] = self._failures.get(number, 0) + 1
-        if self._failures[number] > 1:
-            raise SandboxBroken(f"a program could not be run, twice: {why}")
+    def _refused(self, number: int, why: str) -> None:
+        if self._failed(number) >= _TRIES:
+            raise SandboxBroken(f"a program could not be started, {_TRIES} times: {why}")
+        time.sleep(0.05)
         self._waiting.append(number)
+
+    def _failed(self, number: int) -> int:
+        self._failures[number] = self._failures.get(number, 0) + 1
+        return self._failures[number]
 
     def _restart_silent(self) -> None:
         latest = time.monotonic() - self._limits.seconds - _PATIENCE_SECONDS
@@ -232,7 +242,7 @@ class _Batch:
                 self._lost(worker, "the sandbox server did not answer")
 
 
-def _plain(limits: Limits) -> dict[str, float]:
+def _plain(limits: Limits) -> dict[str, float | int]:
     return {
         "seconds": limits.seconds,
         "memory_bytes": limits.memory_mb << 20,

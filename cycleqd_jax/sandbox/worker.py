@@ -79,15 +79,22 @@ class Worker:
         return {"error": f"no answer after {_START_SECONDS:.0f} s"}
 
     @property
+    def session(self) -> int:
+        """Number of the process group and session that holds every process of the worker."""
+        return 0 if self._process is None else self._process.pid
+
+    @property
     def reading(self) -> int:
         """Descriptor on which outcomes arrive."""
-        assert self._process is not None and self._process.stdout is not None
+        assert self._process is not None
+        assert self._process.stdout is not None
         return self._process.stdout.fileno()
 
     @property
     def writing(self) -> int:
         """Descriptor on which jobs leave."""
-        assert self._process is not None and self._process.stdin is not None
+        assert self._process is not None
+        assert self._process.stdin is not None
         return self._process.stdin.fileno()
 
     @property
@@ -136,16 +143,19 @@ class Worker:
         process, self._process = self._process, None
         if process is None:
             return
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         process.stdin.close()
         process.stdout.close()
-        try:
-            # It ends when its input does.
+        # It ends when its input does, and takes all its programs along.
+        with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(timeout=1.0)
-        except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
+        with contextlib.suppress(ProcessLookupError):
+            for _ in range(100):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+                process.poll()
+                time.sleep(0.01)
+        process.wait()
 
     def close(self) -> None:
         """Stop for good."""

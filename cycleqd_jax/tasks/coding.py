@@ -67,7 +67,7 @@ TEMPLATES = (
 # Runs in the sandbox. The solution arrives on standard input and never learns the expected values;
 # whatever it prints goes to standard error, so it cannot disturb the answer.
 _JUDGE = """
-import io, json, sys
+import json, sys
 task = json.load(sys.stdin)
 answer, sys.stdout = sys.stdout, sys.stderr
 space = {"__name__": "solution"}
@@ -77,6 +77,7 @@ for arguments in task["calls"]:
     value = space[task["function"]](*arguments)
     results.append(sorted(value) if isinstance(value, (set, frozenset)) else value)
 json.dump(results, answer)
+answer.flush()
 """
 
 

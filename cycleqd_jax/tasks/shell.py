@@ -36,7 +36,7 @@ class ShellProblem(Problem):
     """A command to write.
 
     Attributes:
-        tree: the files before the command (path → text; a path that ends in "/" is a folder).
+        tree: what is there before the command: path → text, and "folder/" → "" for every folder.
         prints: the expected output (stripped), or None when the tree is judged.
         leaves: the expected tree afterwards, or None when the output is judged.
     """
@@ -69,27 +69,23 @@ class ShellTask:
         outcome = yield Run(job)
         assert isinstance(outcome, Outcome)
         if changes:
-            return float(_same_tree(outcome.files, problem.leaves))
+            return float(outcome.files == problem.leaves)
         return float(outcome.status == "ok" and outcome.stdout.strip() == problem.prints)
 
 
 def make_problem(rng: random.Random, difficulty: int) -> ShellProblem:
     """Draw one problem; difficulty 2 and more chains that many goals with ``&&``."""
-    folder = rng.choice(FOLDERS)
-    goals = [_draw_goal(rng, folder, query=difficulty == 1)]
-    while len(goals) < difficulty:
-        goals.append(_draw_goal(rng, folder, query=False))
-    prompt = " Then: ".join(goal.request for goal in goals)
-    tree = _make_tree(random.Random(prompt), goals)
+    while True:
+        goals = [_draw_goal(rng, query=difficulty == 1)]
+        goals += [_draw_goal(rng, query=False) for _ in range(difficulty - 1)]
+        prompt = " Then: ".join(goal.request for goal in goals)
+        tree = _make_tree(random.Random(prompt), goals)
+        try:
+            prints, leaves = _achieve(goals, tree)
+            break
+        except KeyError:
+            continue  # a later goal needs a file that an earlier one took away: draw again
     command = " && ".join(goal.command for goal in goals)
-    prints, leaves = None, None
-    if goals[-1].prints is not None:
-        prints = goals[-1].prints(tree)
-    else:
-        leaves = dict(tree)
-        for goal in goals:
-            assert goal.leaves is not None
-            leaves = goal.leaves(leaves)
     return ShellProblem(
         prompt=prompt,
         answers=(command,),
@@ -101,9 +97,20 @@ def make_problem(rng: random.Random, difficulty: int) -> ShellProblem:
     )
 
 
-def _draw_goal(rng: random.Random, folder: str, *, query: bool) -> Goal:
+def _draw_goal(rng: random.Random, *, query: bool) -> Goal:
     makers = (*_QUERIES, *_CHANGES) if query else _CHANGES
-    return rng.choice(makers)(rng, folder)
+    return rng.choice(makers)(rng, rng.choice(FOLDERS))
+
+
+def _achieve(goals: list[Goal], tree: Tree) -> tuple[str | None, Tree | None]:
+    """Work out what a right command prints, or leaves; KeyError if a goal needs a file that is gone."""
+    if goals[-1].prints is not None:
+        return goals[-1].prints(tree), None
+    leaves = dict(tree)
+    for goal in goals:
+        assert goal.leaves is not None
+        leaves = goal.leaves(leaves)
+    return None, leaves
 
 
 def _draw_file(rng: random.Random, folder: str) -> str:
@@ -331,29 +338,15 @@ def _make_tree(rng: random.Random, goals: list[Goal]) -> Tree:
     paths = {w for w in mentioned if "/" in w and "." in w}
     endings = [word for word in mentioned if word in ENDINGS]
     words = [word for word in mentioned if word in WORDS]
-    tree: Tree = {}
+    tree: Tree = {f"{folder}/": "" for folder in folders}
     for folder in folders:
         paths.update(f"{folder}/{stem}.{rng.choice(ENDINGS)}" for stem in rng.sample(STEMS, 3))
         for ending in endings:
             paths.update(f"{folder}/{stem}.{ending}" for stem in rng.sample(STEMS, rng.randint(1, 3)))
-    for path in sorted(paths):
+    for index, path in enumerate(sorted(paths)):
         lines = [rng.choice(WORDS) for _ in range(rng.randint(4, 7))]
         for word in words:
-            if rng.random() < 0.5 or path in mentioned:
+            if index == 0 or path in mentioned or rng.random() < 0.5:
                 lines[rng.randrange(len(lines))] = word
         tree[path] = "".join(f"{line}\n" for line in lines)
     return tree
-
-
-def _same_tree(found: dict[str, str] | None, expected: Tree | None) -> bool:
-    return found is not None and expected is not None and _content(found) == _content(expected)
-
-
-def _content(tree: Tree) -> Tree:
-    """Keep files and empty folders: folders with something inside are implied by it."""
-    return {
-        path: text
-        for path, text in tree.items()
-        if not path.endswith("/")
-        or not any(other != path and other.startswith(path) for other in tree)
-    }

@@ -36,7 +36,9 @@ def is_shape(x: Any) -> bool:
 def random_params(seed: int, scale: float = 1.0) -> Params:
     rng = np.random.default_rng(seed)
     return jax.tree.map(
-        lambda shape: np.asarray(scale * rng.normal(size=shape), np.float32), SHAPES, is_leaf=is_shape
+        lambda shape: np.asarray(scale * rng.normal(size=shape), np.float32),
+        SHAPES,
+        is_leaf=is_shape,
     )
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -63,9 +64,9 @@ def check_equal(repertoire, slow):
         found = np.where(cells[k] >= 0, ids[cells[k]], -1)
         np.testing.assert_array_equal(found, expected.ravel())
         np.testing.assert_array_equal(np.where(cells[k] >= 0, copies[cells[k], 0], -1), found)
-    occupied = np.asarray(repertoire.occupied)
+    occupied = np.isin(np.arange(repertoire.capacity), cells)
     assert set(ids[occupied]) == slow.elites
-    assert occupied.sum() == len(slow.elites) == int(repertoire.num_elites)
+    assert occupied.sum() == len(slow.elites)
     assert (scores[~occupied] == -np.inf).all()
 
 
@@ -94,10 +95,10 @@ def histories(tasks):
 
 @pytest.mark.parametrize("tasks", [2, 3, 4])
 def test_any_history_gives_the_slow_models_archives(tasks):
-    @settings(max_examples=40, deadline=None, derandomize=True)
+    @settings(max_examples=25, deadline=None, derandomize=True)
     @given(histories(tasks))
     def check(history):
-        repertoire, slow = empty_repertoire(tasks, capacity=1)
+        repertoire, slow = empty_repertoire(tasks, capacity=2 if tasks == 2 else 7)
         for t, rows in enumerate(history):
             numbers = list(range(1 + t * BATCH, 1 + (t + 1) * BATCH))
             genotypes, scores, extra = batch(numbers, rows)
@@ -105,17 +106,16 @@ def test_any_history_gives_the_slow_models_archives(tasks):
             repertoire = repertoire.add(genotypes, scores, scores, extra)
             slow.offer(numbers, rows)
             check_equal(repertoire, slow)
-            # It grows only when it must: what stays and what enters needs more than before.
+            # It grows only when it must, and by doubling.
             if repertoire.capacity > before:
-                assert len(slow.elites) > before
-            assert repertoire.capacity < max(before + 1, 2 * len(slow.elites))
+                assert before < len(slow.elites) <= repertoire.capacity < 2 * len(slow.elites)
 
     check()
 
 
 def test_compiled_insertion_agrees_with_the_slow_model():
     repertoire, slow = empty_repertoire(3, capacity=27)
-    add = jax.jit(lambda r, g, s, e: r.add(g, s, s, e))
+    add: Any = jax.jit(lambda r, g, s, e: r.add(g, s, s, e))
     rng = np.random.default_rng(0)
     for t in range(20):
         numbers = list(range(1 + t * BATCH, 1 + (t + 1) * BATCH))

@@ -11,9 +11,15 @@ def test_paths_outside_the_directory_are_named(path):
         Job("bash", "true", files={path: ""})
 
 
+@pytest.mark.parametrize("files", [{"a": "", "a/b": ""}, {"a/b": "", "a": ""}, {"a": "", "a/": ""}])
+def test_a_path_is_a_file_or_a_directory(files):
+    with pytest.raises(ValueError, match="'a' is a file and a directory"):
+        Job("bash", "true", files=files)
+
+
 def test_unknown_kind():
     with pytest.raises(ValueError, match="found 'perl'"):
-        Job("perl", "")  # type: ignore[arg-type]
+        Job("perl", "")
 
 
 @pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf")])

@@ -84,7 +84,9 @@ def test_a_batch_larger_than_the_memory_is_still_answered():
 def test_a_changed_snapshot_does_not_reach_the_next_caller():
     memo = MemoSandbox(Counting())
     job = bash("a", snapshot=True)
-    memo.run([job])[0].files.clear()
+    files = memo.run([job])[0].files
+    assert files == {"a": "1"}
+    files.clear()
     assert memo.run([job])[0].files == {"a": "1"}
 
 

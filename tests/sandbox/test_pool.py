@@ -2,7 +2,10 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
+import time
 
 import pytest
 
@@ -14,7 +17,8 @@ def run_one(sandbox, kind, source, **fields):
 
 
 def test_python_program_runs_as_main(roomy):
-    source = "import sys\nprint(__name__, sys.argv, input(), sys.stdin.read())\nsys.stderr.write('e')"
+    source = "import sys\nprint(__name__, sys.argv, input(), sys.stdin.read())\n"
+    source += "sys.stderr.write('e')"
     outcome = run_one(roomy, "python", source, stdin="one\ntwo\nthree")
     assert outcome.status == "ok"
     assert outcome.returncode == 0
@@ -58,6 +62,17 @@ def test_python_threads_and_exit_functions_finish(roomy):
         "threading.Thread(target=lambda: (time.sleep(0.05), print('thread'))).start()\n"
     )
     assert run_one(roomy, "python", source).stdout == "thread\nbye\n"
+
+
+def test_python_writes_out_what_was_left_open(roomy):
+    source = "f = open('a', 'w')\nf.write('text')\ndef g(): return f\nprint('x', end='')"
+    outcome = run_one(roomy, "python", source, snapshot=True)
+    assert (outcome.files, outcome.stdout) == ({"a": "text"}, "x")
+
+
+def test_python_replaced_output_does_not_swallow_what_came_before(roomy):
+    source = "import io, sys\nprint('first')\nsys.stdout = io.StringIO()\nprint('lost')"
+    assert run_one(roomy, "python", source).stdout == "first\n"
 
 
 def test_python_imports_a_file_of_the_job_and_the_standard_library(roomy):
@@ -150,17 +165,54 @@ def test_threads_take_turns(roomy):
 
 def test_a_killed_server_is_started_again(backend):
     with open_sandbox(backend, workers=1) as sandbox:
-        before = sandbox._workers[0]._process.pid
+        before = sandbox._workers[0].session
         os.killpg(before, signal.SIGKILL)
         assert run_one(sandbox, "python", "print(1)").stdout == "1\n"
-        assert sandbox._workers[0]._process.pid != before
+        assert sandbox._workers[0].session != before
 
 
 def test_a_hung_server_is_started_again(backend, monkeypatch):
     monkeypatch.setattr(pool, "_PATIENCE_SECONDS", 0.2)
     with open_sandbox(backend, Limits(seconds=1.0), workers=1) as sandbox:
-        os.killpg(sandbox._workers[0]._process.pid, signal.SIGSTOP)
+        os.killpg(sandbox._workers[0].session, signal.SIGSTOP)
         assert run_one(sandbox, "python", "print(1)").stdout == "1\n"
+
+
+def test_a_program_that_takes_the_server_with_it_is_killed_not_retried_for_ever(
+    backend, monkeypatch
+):
+    with open_sandbox(backend, workers=1) as sandbox:
+        worker = sandbox._workers[0]
+        send = worker.send
+        bad = b"take the server with you"
+
+        def send_and_die(data):
+            send(data)
+            if bad in data:
+                worker.kill()
+
+        monkeypatch.setattr(worker, "send", send_and_die)
+        outcomes = sandbox.run([Job("bash", "echo 1"), Job("bash", f": {bad.decode()}; sleep 5")])
+        assert outcomes[0].stdout == "1\n"
+        assert outcomes[1].status == "killed"
+        assert "server died" in outcomes[1].reason
+
+
+def test_the_server_ends_with_its_parent(backend):
+    source = (
+        "import os, signal, sys\nfrom cycleqd_jax.sandbox import Job, open_sandbox\n"
+        f"box = open_sandbox({backend!r}, workers=1)\n"
+        "print(box._workers[0].session, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", source], stdout=subprocess.PIPE, check=False)
+    session = int(done.stdout)
+    for _ in range(100):
+        try:
+            os.killpg(session, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the server outlived its parent by ten seconds")
 
 
 def test_a_closed_sandbox_says_so(backend):
@@ -198,8 +250,10 @@ def test_auto_takes_the_second_when_the_first_fails(monkeypatch, tmp_path):
 
 def test_bad_arguments(roomy):
     with pytest.raises(ValueError, match="expected one of auto, bubblewrap, unshare"):
-        open_sandbox("docker")  # type: ignore[arg-type]
+        open_sandbox("docker")
     with pytest.raises(ValueError, match="workers: expected at least 1"):
         open_sandbox(workers=0)
     with pytest.raises(ValueError, match=r"9\.0 MiB in all, Limits\.file_mb allows 8"):
         run_one(roomy, "bash", "", files={"big": "x" * (9 << 20)})
+    with pytest.raises(ValueError, match=r"Job\.files: expected a length of at most 2000"):
+        run_one(roomy, "bash", "", files={str(n): "" for n in range(2001)})

@@ -1,1 +1,1 @@
-"""The part that runs behind the wall: standard library only, never imported by the parent."""
+"""The part that runs behind the wall: standard library only; the parent shares just `wire`."""

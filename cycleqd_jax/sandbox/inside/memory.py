@@ -27,6 +27,11 @@ def usage(proc: int, first: int, limit: int) -> tuple[int, int]:
     return len(tree), total
 
 
+def own_size(proc: int) -> int:
+    """Bytes of address space of this process."""
+    return int(_read(proc, "self/statm").split()[0]) * _PAGE
+
+
 def _is_below(pid: int, first: int, parents: dict[int, int]) -> bool:
     while pid != first:
         pid = parents.get(pid, 0)

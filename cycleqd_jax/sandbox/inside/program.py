@@ -16,7 +16,7 @@ from typing import NoReturn
 
 _NAME = "/home/user/program.py"
 _SCRIPT = "/home/tmp/script.sh"
-_BASH = ("bash", "--noprofile", "--norc")
+_BASH = (b"bash", b"--noprofile", b"--norc")
 
 
 def prepare() -> None:
@@ -49,11 +49,11 @@ def _bash(source: bytes) -> NoReturn:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     if len(source) < 100_000 and b"\0" not in source:
-        os.execv("/bin/bash", [*_BASH, "-c", source, "bash"])
+        os.execv("/bin/bash", [*_BASH, b"-c", source, b"bash"])
     # One argument holds 128 KiB at most; a longer script is a file outside the snapshot.
     with open(_SCRIPT, "wb") as file:
         file.write(source)
-    os.execv("/bin/bash", [*_BASH, _SCRIPT])
+    os.execv("/bin/bash", [*_BASH, _SCRIPT.encode()])
 
 
 def _python(source: bytes) -> int:
@@ -69,14 +69,27 @@ def _python(source: bytes) -> int:
     except BaseException as error:
         code = 1
         _show(error, source)
-    if _thread._count() or atexit._ncallbacks():  # type: ignore[attr-defined]
+    if _thread._count() or atexit._ncallbacks():
         code = _wind_down(code, source)
+    _forget_globals()
     try:
-        sys.stdout.flush()
+        for stream in (sys.stdout, sys.__stdout__, sys.stderr):
+            if stream is not None:
+                stream.flush()
     except Exception as error:
-        print(f"Exception ignored in: {error!r}", file=sys.stderr)
+        print(f"Exception ignored while flushing: {error!r}", file=sys.__stderr__, flush=True)
         code = 120
     return code
+
+
+def _forget_globals() -> None:
+    # As the interpreter does at its end: files that were left open are written out.
+    names = sys.modules["__main__"].__dict__
+    for private in (True, False):
+        for name in list(names):
+            if name != "__builtins__" and (not private or name[:1] == "_" != name[1:2]):
+                names[name] = None
+    gc.collect()
 
 
 def _exit_code(value: object) -> int:

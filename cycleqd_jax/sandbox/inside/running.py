@@ -92,8 +92,10 @@ class Running:
             self._kill("timeout", "time limit")
         elif now >= self._next_look:
             self._next_look = now + _NEXT_LOOK
-            processes, used = memory.usage(self._proc, self.pid, self._limits["memory_bytes"])
-            if used > self._limits["memory_bytes"]:
+            # The interpreter's own pages are a present, here as in the limit of each process.
+            most = self._limits["memory_bytes"] + memory.own_size(self._proc)
+            processes, used = memory.usage(self._proc, self.pid, most)
+            if used > most:
                 self._kill("killed", "memory limit")
             elif processes > self._limits["processes"]:
                 self._kill("killed", "process limit")

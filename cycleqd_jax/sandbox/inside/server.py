@@ -16,6 +16,15 @@ from .zygote import Zygote
 _TICK_MS = 20
 # Programs that closed their output and only have to be cleared away do not hold up the next.
 _MAX_LEAVING = 4
+# fmt: off
+_PRELOADED = (
+    "bisect", "collections.abc", "contextlib", "copy", "csv", "dataclasses", "datetime",
+    "decimal", "enum", "fractions", "functools", "heapq", "io", "itertools",
+    "json", "math", "operator", "pathlib", "random", "re", "sqlite3",
+    "statistics", "string", "typing", "encodings.ascii", "encodings.latin_1",
+    "encodings.unicode_escape",
+)
+# fmt: on
 
 
 def main() -> NoReturn:
@@ -41,11 +50,7 @@ def main() -> NoReturn:
 
 def _preload() -> None:
     """Import what small programs import most: it is then there in every clone."""
-    for name in (
-        "bisect collections.abc contextlib copy csv dataclasses datetime decimal enum fractions "
-        "functools heapq io itertools json math operator os pathlib random re sqlite3 statistics "
-        "string sys time typing encodings.unicode_escape encodings.latin_1 encodings.ascii"
-    ).split():
+    for name in _PRELOADED:
         __import__(name)
 
 

@@ -34,17 +34,19 @@ def unpack_message(data: bytes | bytearray) -> dict[str, Any]:
     return json.loads(bytes(data[_LENGTH.size :]))
 
 
-def pack_job(
-    number: int, snapshot: bool, python: bool, source: str, files: Mapping[str, str], stdin: str
-) -> bytes:
+def pack_job(number: int, snapshot: bool, body: bytes) -> bytes:
     """Head and body of a job."""
+    return _HEAD.pack(number, snapshot, len(body)) + body
+
+
+def pack_body(python: bool, source: str, files: Mapping[str, str], stdin: str) -> bytes:
+    """What the program's own process needs to know."""
     text, standard_input = _encode(source), _encode(stdin)
     pieces = [_BODY.pack(python, len(text), len(standard_input), len(files)), text, standard_input]
     for path, content in files.items():
         name, data = _encode(path), _encode(content)
         pieces += [_FILE.pack(len(name), len(data)), name, data]
-    body = b"".join(pieces)
-    return _HEAD.pack(number, snapshot, len(body)) + body
+    return b"".join(pieces)
 
 
 def unpack_body(body: bytes) -> tuple[bool, bytes, bytes, list[tuple[bytes, bytes]]]:

@@ -14,7 +14,7 @@ import socket
 from typing import Any, NoReturn
 
 from . import filter as seccomp
-from . import kernel, program, wire
+from . import kernel, memory, program, wire
 
 INNER_UID = 1000
 SNAPSHOT, PLAIN = b"s", b"p"
@@ -43,7 +43,7 @@ class Zygote:
             (resource.RLIMIT_NPROC, (_process_limit(limits["processes"]),) * 2),
         )
         for name, value in (
-            (resource.RLIMIT_AS, limits["memory_bytes"]),
+            (resource.RLIMIT_AS, memory.own_size(proc) + limits["memory_bytes"]),
             (resource.RLIMIT_FSIZE, limits["file_bytes"]),
             (resource.RLIMIT_NOFILE, _MAX_FDS),
             (resource.RLIMIT_CORE, 0),
@@ -73,14 +73,13 @@ class Zygote:
             except OSError as error:
                 pid = -(error.errno or 1)
             if pid == 0:
-                self._become_program(*fds, message == SNAPSHOT)
+                self._become_program(fds, message == SNAPSHOT)
             for fd in fds:
                 os.close(fd)
             self._requests.send(pid.to_bytes(4, "little", signed=True))
 
-    def _become_program(
-        self, job: int, control: int, out: int, err: int, snapshot: bool
-    ) -> NoReturn:
+    def _become_program(self, fds: list[int], snapshot: bool) -> NoReturn:
+        job, control, out, err = fds
         try:
             body = os.read(job, os.fstat(job).st_size)
             python, source, stdin, files = wire.unpack_body(body)
@@ -154,4 +153,3 @@ def _send_folder(control: int) -> None:
     with socket.socket(fileno=os.dup(control)) as channel:
         rights = (socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [folder]))
         channel.sendmsg([FOLDER], [rights])
-

@@ -1,0 +1,68 @@
+"""The true root runs the other tests in CI; users are seldom root."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from cycleqd_jax import sandbox
+
+NOBODY = 65534
+SOURCE = """
+import sys
+sys.path.insert(0, {folder!r})
+from cycleqd_jax.sandbox import Job, Limits, open_sandbox
+with open_sandbox({backend!r}, Limits(seconds=20.0), workers=1) as box:
+    for outcome in box.run([
+        Job("python", "import os; print(os.getuid())"),
+        Job("bash", "echo x > f; chmod 0 f; cat /etc/shadow", snapshot=True),
+        Job("python", "import os\\nwhile True: os.fork()"),
+    ]):
+        print(outcome.status, outcome.stdout.strip(), outcome.files)
+"""
+
+
+@pytest.fixture
+def public_copy():
+    with tempfile.TemporaryDirectory() as name:
+        package = Path(name, "cycleqd_jax")
+        shutil.copytree(Path(sandbox.__file__).parent, package / "sandbox")
+        (package / "__init__.py").touch()
+        for path in (Path(name), *Path(name).rglob("*")):
+            path.chmod(0o755)
+        yield name
+
+
+def public_python():
+    check = "import sys; sys.exit(sys.version_info < (3, 11))"
+    for python in (os.path.realpath(sys.executable), "/usr/bin/python3"):
+        try:
+            done = subprocess.run([python, "-c", check], user=NOBODY, group=NOBODY, check=False)
+        except OSError:
+            continue
+        if done.returncode == 0:
+            return python
+    return None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="every test of this room runs as an ordinary user")
+def test_an_ordinary_user_gets_the_same(backend, public_copy):
+    python = public_python()
+    if python is None:
+        pytest.skip("no Python 3.11 that an ordinary user may run")
+    done = subprocess.run(
+        [python, "-I", "-B", "-c", SOURCE.format(folder=public_copy, backend=backend)],
+        user=NOBODY,
+        group=NOBODY,
+        extra_groups=[],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    assert done.stdout.splitlines() == ["ok 1000 None", "error  {'f': 'x\\n'}", "error  None"]
