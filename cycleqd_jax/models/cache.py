@@ -22,12 +22,11 @@ from cycleqd_jax.models.llama import (
     logits_of,
     rope_tables,
 )
-from cycleqd_jax.models.specs import LayerParams, LlamaConfig, LlamaParams
+from cycleqd_jax.models.specs import LlamaConfig, LlamaParams
 
 
-@flax.struct.dataclass
-class KVCache:
-    """One array per layer: `keys` (batch, kv_heads, d, slots), `values` (batch, kv_heads, slots, d).
+class KVCache(flax.struct.PyTreeNode):
+    """`keys` (batch, kv_heads, d, slots) and `values` (batch, kv_heads, slots, d) of every layer.
 
     The two orientations are those in which both products of a decoding step read straight rows.
     """
@@ -56,21 +55,22 @@ def prefill(
     tokens: Int[Array, "batch time"],
     lengths: Int[Array, " batch"],
     rows: Int[Array, " batch"] | None,
+    *,
     slots: int,
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
     """Logits after each row's last prompt token, and a cache of `slots` >= time slots.
 
     `params` has unstacked layers; `tokens` is padded on the right to the common length.
     """
-    batch, time = tokens.shape
-    cos, sin = rope_tables(config, jnp.arange(time))
+    time = tokens.shape[1]
+    rope = rope_tables(config, jnp.arange(time))
     causal = jnp.tril(jnp.ones((time, time), bool))
     x = kernels.embed(tokens, params.embed, rows)
     last = (lengths - 1)[:, None, None]
     room = slots - time
     keys, values = [], []
     for index, weights in enumerate(params.layers):
-        q, k, v = attention_inputs(x, weights, config, cos, sin, rows)
+        q, k, v = attention_inputs(x, weights, config, rope, rows)
         keys.append(jnp.pad(k.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, 0), (0, room))))
         values.append(jnp.pad(v.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, room), (0, 0))))
         mixed = attend(q, k, v, causal)
@@ -86,10 +86,11 @@ def decode_step(
     params: LlamaParams,
     config: LlamaConfig,
     token: Int[Array, " batch"],
+    cache: KVCache,
+    *,
     lengths: Int[Array, " batch"],
     prompt_slots: Int[Array, ""],
     slot: Int[Array, ""],
-    cache: KVCache,
     rows: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
     """Feed one token per row into `slot` and return the logits after it.
@@ -97,14 +98,14 @@ def decode_step(
     `lengths` are the prompts' lengths, `prompt_slots` is where generated tokens begin.
     """
     positions = lengths + slot - prompt_slots
-    cos, sin = rope_tables(config, positions[:, None])
+    rope = rope_tables(config, positions[:, None])
     index = jnp.arange(cache.slots)
     generated = (index >= prompt_slots) & (index <= slot)
     visible = (index < lengths[:, None]) | generated
     x = kernels.embed(token[:, None], params.embed, rows)
     keys, values = [], []
     for layer, weights in enumerate(params.layers):
-        q, k, v = attention_inputs(x, weights, config, cos, sin, rows)
+        q, k, v = attention_inputs(x, weights, config, rope, rows)
         keys.append(
             lax.dynamic_update_slice(cache.keys[layer], k.transpose(0, 2, 3, 1), (0, 0, 0, slot))
         )
@@ -140,6 +141,3 @@ def _attend_cache(
     scores = jnp.where(visible[:, None, None], scores * (d**-0.5), jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(values.dtype)
     return jnp.einsum("bkgs,bksd->bkgd", weights, values).reshape(batch, heads * d)
-
-
-__all__ = ["KVCache", "LayerParams", "decode_step", "prefill", "reshape_cache", "unstack_layers"]

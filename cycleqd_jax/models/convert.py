@@ -12,6 +12,7 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ TOKENIZER_FILES = (
 
 
 def load_config(folder: str | Path) -> LlamaConfig:
-    """Read `config.json` of a model folder. Raises ValueError where it is missing or unsupported."""
+    """Read a folder's `config.json`. Raises ValueError where it is missing or unsupported."""
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a model folder, found no such folder")
@@ -67,7 +68,7 @@ def load_model(folder: str | Path, dtype: str | None = None) -> tuple[LlamaConfi
             lambda spec: _read_leaf(tensors, spec, config.num_layers, dtype), leaf_table(config)
         )
         tensors.check_tied_head(config)
-    return _with_dtype(config, str(params.embed.dtype)), params
+    return replace(config, dtype=str(params.embed.dtype)), params
 
 
 def save_model(
@@ -89,7 +90,7 @@ def save_model(
     """
     folder = Path(folder)
     leaves = _checked_leaves(config, params)
-    config = _with_dtype(config, str(params.embed.dtype))
+    config = replace(config, dtype=str(params.embed.dtype))
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(
             f"{folder} already exists: expected an empty or new folder; pass overwrite=True"
@@ -123,26 +124,33 @@ class _Tensors:
             self.file_of = {name: folder / file for name, file in weight_map.items()}
         elif single.is_file():
             self.source = single
-            self.file_of = dict.fromkeys(self._file(single).keys(), single)
+            self.file_of = dict.fromkeys(self._names(single), single)
         else:
             raise ValueError(f"{folder}: expected weights in {_WEIGHTS} or {_INDEX}, found neither")
 
     def _file(self, path: Path) -> Any:
         if path not in self._open:
             if not path.is_file():
-                raise ValueError(f"{path}: expected a shard that {_INDEX} names, found no such file")
+                raise ValueError(
+                    f"{path}: expected a shard that {_INDEX} names, found no such file"
+                )
             try:
                 self._open[path] = self._stack.enter_context(safe_open(path, framework="np"))
             except SafetensorError as error:
                 raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
         return self._open[path]
 
+    def _names(self, path: Path) -> list[str]:
+        return list(self._file(path).keys())
+
     def describe(self, name: str) -> tuple[tuple[int, ...], str]:
         """Shape and dtype code of a tensor, from the header."""
         path = self.file_of[name]
         file = self._file(path)
-        if name not in file.keys():
-            raise ValueError(f"{path}: expected tensor {name}, which the index puts here; not found")
+        if name not in self._names(path):
+            raise ValueError(
+                f"{path}: expected tensor {name}, which the index puts here; not found"
+            )
         part = file.get_slice(name)
         return tuple(part.get_shape()), str(part.get_dtype())
 
@@ -322,12 +330,6 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         raise ValueError(f"{source}: expected tokenizer files such as tokenizer.json, found none")
     for path in found:
         shutil.copyfile(path, target / path.name)
-
-
-def _with_dtype(config: LlamaConfig, dtype: str) -> LlamaConfig:
-    from dataclasses import replace
-
-    return replace(config, dtype=dtype)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import flax.struct
 import jax
@@ -42,7 +42,7 @@ _HALF_STEPS_FROM = 64
 _ROWS_PER_CANDIDATE = 16
 _DEAR_SPECTRAL_SHARE = 0.4
 
-Mode = Literal["auto", "rows", "candidates"]
+MODES = ("auto", "rows", "candidates")
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ class DecodeStats:
         return self.generated_tokens / self.seconds if self.seconds else 0.0
 
 
-@flax.struct.dataclass
-class _Rows:
+class _Rows(flax.struct.PyTreeNode):
     """The state of a batch: arrays (batch,) and two scalars, all int32 but `done`."""
 
     token: Any
@@ -119,21 +118,22 @@ class Decoder:
         pad_token: int,
         max_new_tokens: int = 48,
         max_rows: int = 256,
-        mode: Mode = "auto",
+        mode: str = "auto",
         workers: int | None = None,
     ) -> None:
         for token in (*stop_tokens, pad_token):
             if not 0 <= token < config.vocab_size:
                 raise ValueError(
-                    f"Decoder: expected stop and pad tokens in [0, {config.vocab_size}), got {token}"
+                    "Decoder: expected stop and pad tokens "
+                    f"in [0, {config.vocab_size}), got {token}"
                 )
         if max_new_tokens < 1 or max_rows < 1:
             raise ValueError(
                 "Decoder: expected max_new_tokens and max_rows of at least 1, "
                 f"got {max_new_tokens} and {max_rows}"
             )
-        if mode not in get_args(Mode):
-            raise ValueError(f"Decoder: expected a mode of {get_args(Mode)}, got {mode!r}")
+        if mode not in MODES:
+            raise ValueError(f"Decoder: expected a mode of {MODES}, got {mode!r}")
         self.config = config
         self.traces = 0
         self.stats = DecodeStats()
@@ -287,7 +287,7 @@ class Decoder:
         pieces = _pieces(*tokens.shape)
 
         def piece(part: tuple[Array, Array, Array]) -> tuple[Array, KVCache]:
-            return prefill(weights, self.config, *part, slots)
+            return prefill(weights, self.config, *part, slots=slots)
 
         # Pieces that fit the processor's cache: activations of a whole batch would not.
         parts = jax.tree.map(
@@ -323,10 +323,10 @@ class Decoder:
                 weights,
                 self.config,
                 state.token,
-                state.lengths,
-                state.prompt_slots,
-                state.slot,
                 cache,
+                lengths=state.lengths,
+                prompt_slots=state.prompt_slots,
+                slot=state.slot,
             )
             emitted, state = self._emit(logits, state.replace(slot=state.slot + 1))
             return i + 1, out.at[i].set(emitted), state, cache

@@ -17,8 +17,7 @@ from jaxtyping import Array, Float, Int
 from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors
 
 
-@flax.struct.dataclass
-class SpectralKernel:
+class SpectralKernel(flax.struct.PyTreeNode):
     """Matrices W(g) = base + u diag(g) vᵀ of many candidates, none of them built.
 
     `base` (..., in, out), `u` (..., in, R), `v` (..., out, R), `gain` (..., C, R) with one row per
@@ -32,8 +31,7 @@ class SpectralKernel:
     gain: Any
 
 
-@flax.struct.dataclass
-class CandidateVector:
+class CandidateVector(flax.struct.PyTreeNode):
     """The same norm vector of many candidates: `values` (..., C, d), or (..., d) for one."""
 
     values: Any
@@ -42,7 +40,7 @@ class CandidateVector:
 def project(
     x: Float[Array, "batch time inner"], kernel: Any, rows: Int[Array, " batch"] | None = None
 ) -> Float[Array, "batch time outer"]:
-    """y = x W, or y = x W0 + ((x U) ⊙ g[row's candidate]) Vᵀ for a `SpectralKernel`.
+    """The product y = x W; of a `SpectralKernel` y = x W0 + ((x U) ⊙ g[row's candidate]) Vᵀ.
 
     `rows` gives the candidate of every batch row. None means one candidate for all rows, or
     gains that already have one row per batch row.
@@ -73,7 +71,7 @@ def unembed(
     head: Any,
     rows: Int[Array, " batch"] | None = None,
 ) -> Float[Array, "batch time vocab"]:
-    """Logits from `head` (hidden, vocab), or from the transposed `embedding` where `head` is None."""
+    """Logits from `head` (hidden, vocab), or from the `embedding` where `head` is None (tied)."""
     if head is not None:
         return project(x, head, rows)
     if not isinstance(embedding, SpectralKernel):
@@ -98,6 +96,7 @@ def attach(params: Any, basis: Any, gains: Any) -> Any:
     vectors, C candidates in front; the candidate axis moves behind the layer axis, so that
     `lax.scan` over layers slices the kernels. Equals `materialise` of each candidate.
     """
+
     def leaf(base: Any, factors: Any, gain: Any) -> Any:
         if isinstance(factors, MatrixFactors):
             candidates = jnp.moveaxis(gain, 0, -2)
@@ -109,7 +108,8 @@ def attach(params: Any, basis: Any, gains: Any) -> Any:
             values = base[..., None, :].astype(jnp.float32) + shift
             return CandidateVector(values=values.astype(base.dtype))
         raise ValueError(
-            f"attach expects a basis of MatrixFactors and VectorFactors, got {type(factors).__name__}"
+            "attach expects a basis of MatrixFactors and VectorFactors, "
+            f"got {type(factors).__name__}"
         )
 
     return jax.tree.map(leaf, params, basis, gains)
@@ -174,7 +174,7 @@ def is_kernel(node: Any) -> bool:
 
 @jax.custom_vjp
 def _product(x: Array, weight: Array) -> Array:
-    """x (batch, time, in) @ weight (in, out)."""
+    """The product of x (batch, time, in) and weight (in, out)."""
     return x @ weight
 
 

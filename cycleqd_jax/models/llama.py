@@ -1,5 +1,6 @@
 """The Llama forward pass: pure functions over `LlamaParams`, layers run by `lax.scan`."""
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -16,6 +17,7 @@ __all__ = ["LayerParams", "LlamaParams", "forward", "init_params"]
 _UNROLL_LIMIT = 8
 
 
+@partial(jax.jit, static_argnums=1)
 def init_params(key: Array, config: LlamaConfig) -> LlamaParams:
     """Random weights of the table's scale, norms of ones, in `config.dtype`."""
     specs, structure = jax.tree.flatten(leaf_table(config))
@@ -41,11 +43,11 @@ def forward(
     `params` may hold kernels of many candidates, then `rows` is the candidate of each batch row.
     """
     time = tokens.shape[1]
-    cos, sin = rope_tables(config, jnp.arange(time))
+    rope = rope_tables(config, jnp.arange(time))
     causal = jnp.tril(jnp.ones((time, time), bool))
 
     def layer(x: Array, weights: LayerParams) -> tuple[Array, None]:
-        q, k, v = attention_inputs(x, weights, config, cos, sin, rows)
+        q, k, v = attention_inputs(x, weights, config, rope, rows)
         mixed = attend(q, k, v, causal)
         return layer_output(x, mixed, weights, config, rows), None
 
@@ -64,7 +66,7 @@ def layer_unroll(config: LlamaConfig) -> int:
 
 
 def rms_norm(x: Float[Array, "batch time d"], weight: Array, eps: float) -> Array:
-    """x / rms(x) · weight, the mean of squares in float32."""
+    """Root-mean-square norm x / rms(x) · weight, the mean of squares in float32."""
     wide = x.astype(jnp.float32)
     scale = lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     return (wide * scale).astype(x.dtype) * weight
@@ -79,7 +81,9 @@ def rope_frequencies(config: LlamaConfig) -> np.ndarray:
         return frequency
     # Long wavelengths are stretched by `factor`, short ones stay, those between are blended.
     turns = scaling.original_max_positions * frequency / (2 * np.pi)
-    smooth = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    smooth = (turns - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
     smooth = np.clip(smooth, 0.0, 1.0)
     return ((1 - smooth) * frequency / scaling.factor + smooth * frequency).astype(np.float32)
 
@@ -104,8 +108,7 @@ def attention_inputs(
     x: Float[Array, "batch time hidden"],
     weights: LayerParams,
     config: LlamaConfig,
-    cos: Array,
-    sin: Array,
+    rope: tuple[Array, Array],
     rows: Int[Array, " batch"] | None,
 ) -> tuple[Array, Array, Array]:
     """Rotated queries (batch, time, heads, d), keys and values (batch, time, kv_heads, d)."""
@@ -116,7 +119,7 @@ def attention_inputs(
         return kernels.project(normed, kernel, rows).reshape(batch, time, -1, config.head_dim)
 
     q, k, v = heads(weights.q), heads(weights.k), heads(weights.v)
-    return rotate(q, cos, sin), rotate(k, cos, sin), v
+    return rotate(q, *rope), rotate(k, *rope), v
 
 
 def attend(

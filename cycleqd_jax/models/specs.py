@@ -18,14 +18,25 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 # Keys of a config.json that do not change what the forward pass computes.
 _INERT_KEYS = frozenset(
-    """architectures model_type transformers_version use_cache initializer_range torch_dtype dtype
-    auto_map label2id id2label max_length min_length do_sample temperature top_p top_k
-    repetition_penalty return_dict unsloth_version unsloth_fixed problem_type finetuning_task""".split()
+    {
+        *("architectures", "model_type", "transformers_version", "torch_dtype", "dtype"),
+        *("use_cache", "initializer_range", "auto_map", "label2id", "id2label", "return_dict"),
+        *("max_length", "min_length", "do_sample", "temperature", "top_p", "top_k"),
+        *("repetition_penalty", "problem_type", "finetuning_task"),
+        *("unsloth_version", "unsloth_fixed"),
+    }
 )
 _READ_KEYS = frozenset(
-    """vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
-    num_key_value_heads head_dim rope_parameters rope_theta rope_scaling rms_norm_eps
-    tie_word_embeddings max_position_embeddings bos_token_id eos_token_id pad_token_id""".split()
+    {
+        *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"),
+        *("num_attention_heads", "num_key_value_heads", "max_position_embeddings"),
+        *("rope_parameters", "rope_theta", "rope_scaling", "rms_norm_eps", "tie_word_embeddings"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+    }
+)
+_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads"),
+    *("num_kv_heads", "head_dim", "max_positions"),
 )
 # Options of the Llama family with the only value that is implemented.
 _FIXED_OPTIONS = {
@@ -38,8 +49,7 @@ _FIXED_OPTIONS = {
 }
 
 
-@flax.struct.dataclass
-class LayerParams:
+class LayerParams(flax.struct.PyTreeNode):
     """One transformer layer, or all of them stacked on axis 0 (the form every function expects)."""
 
     attn_norm: Any
@@ -53,16 +63,15 @@ class LayerParams:
     down: Any
 
 
-@flax.struct.dataclass
-class LlamaParams:
+class LlamaParams(flax.struct.PyTreeNode):
     """All leaves of a model: arrays, kernels, specs, roles or gains, one per weight.
 
     `embed` is (vocab, hidden), `head` is (hidden, vocab) and None when the embeddings are tied;
-    matrices of `layers` are (layers, in, out), norms (layers, hidden).
+    `layers` is a `LayerParams` whose matrices are (layers, in, out) and norms (layers, hidden).
     """
 
     embed: Any
-    layers: LayerParams
+    layers: Any
     final_norm: Any
     head: Any = None
 
@@ -103,12 +112,11 @@ class LlamaConfig:
     pad_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size hidden_size intermediate_size num_layers num_heads num_kv_heads head_dim "
-            "max_positions"
-        ).split():
+        for name in _SIZES:
             if getattr(self, name) < 1:
-                raise ValueError(f"LlamaConfig.{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(
+                    f"LlamaConfig.{name} must be at least 1, got {getattr(self, name)}"
+                )
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads must be a multiple of num_kv_heads, got {self.num_heads} query heads "
@@ -238,7 +246,9 @@ def leaf_table(config: LlamaConfig) -> LlamaParams:
     def norm(name: str, stacked: bool = True) -> LeafSpec:
         return LeafSpec((width,), ("embed",), name, False, "vector", stacked, None)
 
-    def matrix(name: str, rows: tuple[int, str], cols: tuple[int, str], scale: float = 1.0) -> LeafSpec:
+    def matrix(
+        name: str, rows: tuple[int, str], cols: tuple[int, str], scale: float = 1.0
+    ) -> LeafSpec:
         return LeafSpec(
             shape=(rows[0], cols[0]),
             axes=(rows[1], cols[1]),
@@ -264,7 +274,13 @@ def leaf_table(config: LlamaConfig) -> LlamaParams:
     )
     vocab = config.vocab_size
     embed_spec = LeafSpec(
-        (vocab, width), ("vocab", "embed"), "model.embed_tokens.weight", False, "matrix", False, 0.02
+        (vocab, width),
+        ("vocab", "embed"),
+        "model.embed_tokens.weight",
+        False,
+        "matrix",
+        False,
+        0.02,
     )
     head_spec = LeafSpec(
         (width, vocab), ("embed", "vocab"), "lm_head.weight", True, "matrix", False, 0.02

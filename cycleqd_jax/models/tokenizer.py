@@ -106,7 +106,8 @@ def check_same_architecture(configs: Mapping[str, LlamaConfig]) -> None:
 
 def _first_difference(base: str | None, expert: str | None) -> str:
     if base is None or expert is None:
-        return f"expected {'none' if base is None else 'one'}, found {'none' if expert is None else 'one'}"
+        names = ["none" if text is None else "one" for text in (base, expert)]
+        return f"expected {names[0]}, found {names[1]}"
     pairs = enumerate(zip(base, expert, strict=False))
     at = next((i for i, (a, b) in pairs if a != b), min(len(base), len(expert)))
     start = max(0, at - 10)

@@ -24,7 +24,7 @@ from cycleqd_jax.models.tokenizer import load_tokenizer
 from cycleqd_jax.progress import Progress, track
 from cycleqd_jax.runs.files import write_json_atomic
 from cycleqd_jax.tasks.base import Problem, Task
-from cycleqd_jax.training.corpus import Corpus, pack_documents, pad_conversations
+from cycleqd_jax.training.corpus import Corpus, bucket_rows
 from cycleqd_jax.training.sft import TrainConfig, train
 from cycleqd_jax.training.tokenizer import render_conversations, train_tokenizer
 
@@ -41,7 +41,8 @@ class FamilyConfig:
         heads: query heads; there are half as many key heads.
         problems: training problems per skill.
         difficulty: of the problems.
-        row: tokens in a row of the base's packed documents.
+        chats: share of the base's problems that it sees as conversations rather than documents. With
+            none the base does not know the format, and merges of experts fall apart.
         base: training of the base.
         expert: training of each expert.
         seed: of the problems and the initial weights.
@@ -54,9 +55,9 @@ class FamilyConfig:
     heads: int = 4
     problems: int = 6000
     difficulty: int = 1
-    row: int = 64
-    base: TrainConfig = field(default_factory=lambda: TrainConfig(400, 64, 4e-3))
-    expert: TrainConfig = field(default_factory=lambda: TrainConfig(100, 64, 2e-3))
+    chats: float = 0.03
+    base: TrainConfig = field(default_factory=lambda: TrainConfig(1600, 32, 3e-3))
+    expert: TrainConfig = field(default_factory=lambda: TrainConfig(300, 32, 1e-3))
     seed: int = 0
 
     @property
@@ -130,8 +131,11 @@ def _make_base(
         for text in (problem.prompt, problem.document, *problem.answers, *problem.observations)
     ]
     tokenizer = train_tokenizer(texts, config.vocab_size)
-    documents = tokenizer([problem.document for problem in every])["input_ids"]
-    corpus = pack_documents(documents, config.row, tokenizer.eos_token_id)
+    chats = round(config.chats * len(every))
+    rows = render_conversations(tokenizer, [p.demonstration for p in every[:chats]])
+    documents = tokenizer([problem.document for problem in every[chats:]])["input_ids"]
+    every_text = [tokens for tokens, _ in rows] + [[*d, tokenizer.eos_token_id] for d in documents]
+    corpora = bucket_rows([(t, [1] * len(t)) for t in every_text], tokenizer.pad_token_id)
     architecture = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.width,
@@ -146,7 +150,7 @@ def _make_base(
         pad_id=tokenizer.pad_token_id,
     )
     params = init_params(jax.random.key(config.seed), architecture)
-    params = _train("base", params, architecture, corpus, config.base)
+    params = _train("base", params, architecture, corpora, config.base)
     save_model(folder, architecture, params, tokenizer=tokenizer)
 
 
@@ -159,21 +163,21 @@ def _make_expert(
     tokenizer: Any,
 ) -> None:
     conversations = render_conversations(tokenizer, [p.demonstration for p in problems])
-    corpus = pad_conversations(conversations, tokenizer.pad_token_id)
+    corpora = bucket_rows(conversations, tokenizer.pad_token_id)
     architecture, params = load_model(base)
-    params = _train(f"expert {name}", params, architecture, corpus, config.expert)
+    params = _train(f"expert {name}", params, architecture, corpora, config.expert)
     save_model(folder, architecture, params, like=base)
 
 
 def _train(
-    name: str, params: Any, architecture: LlamaConfig, corpus: Corpus, settings: TrainConfig
+    name: str, params: Any, architecture: LlamaConfig, corpora: Sequence[Corpus], settings: TrainConfig
 ) -> Any:
     params = jax.tree.map(jnp.asarray, params)
     with Progress(f"train {name}", settings.steps) as progress:
         return train(
             params,
             architecture,
-            corpus,
+            corpora,
             settings,
             lambda done, loss: progress.advance(
                 done - progress.completed, note=f"loss {loss:.3f}"

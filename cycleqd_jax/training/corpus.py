@@ -21,38 +21,50 @@ class Corpus:
     counts: Any
 
 
-def pack_documents(documents: Sequence[Sequence[int]], length: int, end: int) -> Corpus:
-    """Join documents, each closed by ``end``, and cut the stream into rows of ``length`` tokens.
+def bucket_rows(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, *, unit: int = 16
+) -> list[Corpus]:
+    """Put one text in each row, texts of similar length together, padded on the right.
 
-    Raises:
-        ValueError: the documents together are shorter than one row.
-    """
-    stream = [token for document in documents for token in (*document, end)]
-    rows = len(stream) // length
-    if rows == 0:
-        raise ValueError(f"expected documents of at least {length} tokens, found {len(stream)}")
-    tokens = np.asarray(stream[: rows * length], np.int32).reshape(rows, length)
-    return Corpus(tokens=jnp.asarray(tokens), counts=jnp.ones(tokens.shape, bool))
-
-
-def pad_conversations(
-    conversations: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, multiple: int = 8
-) -> Corpus:
-    """Put one conversation in each row, padded on the right to a common length.
+    One text a row rather than packed: a small model learns to copy from its prompt several times
+    sooner when no other text of the same form stands before it. Buckets keep the padding small.
 
     Args:
-        conversations: pairs of token ids and a mask of the same length, true where the assistant
-            speaks.
-        pad: the padding token.
-        multiple: the common length is rounded up to a multiple of this.
+        rows: pairs of token ids and a mask of the same length, true where a token is a target.
+        pad: the padding token; never a target.
+        unit: lengths of the buckets are multiples of this.
+
+    Returns:
+        One corpus a bucket, shortest first. A bucket with less than a tenth of the rows joins the
+        next longer one.
+
+    Raises:
+        ValueError: no rows, or a mask of another length than its tokens.
     """
-    if not conversations:
-        raise ValueError("expected at least one conversation, found none")
-    longest = max(len(tokens) for tokens, _ in conversations)
-    length = -(-longest // multiple) * multiple
-    tokens = np.full((len(conversations), length), pad, np.int32)
-    counts = np.zeros((len(conversations), length), bool)
-    for row, (ids, mask) in enumerate(conversations):
-        tokens[row, : len(ids)] = ids
-        counts[row, : len(mask)] = mask
+    if not rows:
+        raise ValueError("expected at least one row to train on, found none")
+    for number, (tokens, mask) in enumerate(rows):
+        if len(tokens) != len(mask):
+            raise ValueError(
+                f"row {number}: expected a mask of {len(tokens)} entries, found {len(mask)}"
+            )
+    ordered = sorted(rows, key=lambda row: len(row[0]))
+    lengths = [max(1, -(-len(tokens) // unit)) * unit for tokens, _ in ordered]
+    corpora, start = [], 0
+    for stop in range(1, len(ordered) + 1):
+        last = stop == len(ordered)
+        if last or (lengths[stop] > lengths[stop - 1] and 10 * (stop - start) >= len(ordered)):
+            corpora.append(_pad(ordered[start:stop], lengths[stop - 1], pad))
+            start = stop
+    return corpora
+
+
+def _pad(
+    rows: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, pad: int
+) -> Corpus:
+    tokens = np.full((len(rows), length), pad, np.int32)
+    counts = np.zeros((len(rows), length), bool)
+    for number, (ids, mask) in enumerate(rows):
+        tokens[number, : len(ids)] = ids
+        counts[number, : len(mask)] = mask
     return Corpus(tokens=jnp.asarray(tokens), counts=jnp.asarray(counts))

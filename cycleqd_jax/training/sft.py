@@ -1,10 +1,10 @@
 """Supervised training with optax: next-token cross entropy over the tokens that count.
 
-Serves pretraining (packed documents, every token counts) and fine-tuning (conversations, only what
-the assistant says counts). A run is a pure function of parameters, corpus and config.
+Serves pretraining (documents, every token counts) and fine-tuning (conversations, only what the
+assistant says counts). A run is a pure function of parameters, corpus and config.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,9 +22,6 @@ from cycleqd_jax.training.corpus import Corpus
 
 # Steps inside one compiled call: long enough to hide dispatch, short enough to show progress.
 _CHUNK = 10
-# Rows whose activations live at once. Gradients of small batches are summed: on a CPU that is about
-# 1.4 times faster than one large batch, whose activations leave the cache.
-_MICROBATCH = 32
 
 
 @dataclass(frozen=True)
@@ -33,7 +30,8 @@ class TrainConfig:
 
     Attributes:
         steps: number of updates.
-        batch_size: rows per update (a multiple of 32, or at most 32).
+        batch_size: rows per update. Small batches (32) suit a CPU: larger activations leave its
+            cache, and a small model gains more from more updates.
         learning_rate: peak of the schedule (linear warm-up, cosine to a tenth).
         warmup: share of the steps spent warming up.
         weight_decay: decoupled decay of AdamW.
@@ -42,7 +40,7 @@ class TrainConfig:
     """
 
     steps: int
-    batch_size: int = 128
+    batch_size: int = 32
     learning_rate: float = 3e-3
     warmup: float = 0.1
     weight_decay: float = 0.05
@@ -63,7 +61,7 @@ class TrainState:
 def train(
     params: Any,
     config: LlamaConfig,
-    corpus: Corpus,
+    corpora: Sequence[Corpus],
     settings: TrainConfig,
     on_progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Any:
@@ -72,15 +70,15 @@ def train(
     Args:
         params: parameters to start from; not modified.
         config: their architecture.
-        corpus: the rows to learn from, drawn uniformly with replacement.
+        corpora: the rows to learn from, in buckets of equal length; every update draws rows of every
+            bucket, uniformly and with replacement, in proportion to the buckets' sizes.
         settings: length, speed and seed of the run.
         on_progress: called after every few steps with the steps done and the latest loss.
 
     Raises:
         ValueError: the corpus is empty, or the loss became NaN or infinite (at which step).
     """
-    if corpus.tokens.shape[0] == 0:
-        raise ValueError("expected a corpus of at least one row, found none")
+    shares = rows_per_update([corpus.tokens.shape[0] for corpus in corpora], settings.batch_size)
     optimiser = make_optimiser(settings)
     state = TrainState(
         params=params,
@@ -91,7 +89,9 @@ def train(
     done = 0
     while done < settings.steps:
         steps = min(_CHUNK, settings.steps - done)
-        state, losses = _train_steps(state, corpus, config, settings, steps)
+        state, losses = _train_steps(
+            state, tuple(corpora), config, settings, shares, steps
+        )
         done += steps
         loss = float(losses[-1])
         if not jnp.isfinite(loss):
@@ -134,32 +134,53 @@ def summed_loss(
     return jnp.sum(losses, where=counts[:, 1:])
 
 
-@partial(jax.jit, static_argnums=(2, 3, 4), donate_argnums=0)
+def rows_per_update(sizes: Sequence[int], batch_size: int) -> tuple[int, ...]:
+    """Share out the rows of an update over buckets of these sizes: in proportion, at least one each.
+
+    Raises:
+        ValueError: no bucket, an empty one, or more buckets than rows.
+    """
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"expected buckets of at least one row each, found sizes {list(sizes)}")
+    if len(sizes) > batch_size:
+        raise ValueError(
+            f"expected a batch of at least {len(sizes)} rows, one a bucket, found {batch_size}"
+        )
+    exact = [batch_size * size / sum(sizes) for size in sizes]
+    shares = [max(1, int(share)) for share in exact]
+    while sum(shares) != batch_size:
+        step = 1 if sum(shares) < batch_size else -1
+        gaps = [step * (e - s) if s + step >= 1 else -float("inf") for e, s in zip(exact, shares)]
+        shares[gaps.index(max(gaps))] += step
+    return tuple(shares)
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4, 5), donate_argnums=0)
 def _train_steps(
-    state: TrainState, corpus: Corpus, config: LlamaConfig, settings: TrainConfig, steps: int
+    state: TrainState,
+    corpora: tuple[Corpus, ...],
+    config: LlamaConfig,
+    settings: TrainConfig,
+    shares: tuple[int, ...],
+    steps: int,
 ) -> tuple[TrainState, Array]:
     optimiser = make_optimiser(settings)
-    parts = max(1, settings.batch_size // _MICROBATCH)
 
     def step(state: TrainState, _: None) -> tuple[TrainState, Array]:
-        key = jax.random.fold_in(state.key, state.step)
-        rows = jax.random.randint(
-            key, (parts, settings.batch_size // parts), 0, corpus.tokens.shape[0]
-        )
-        targets = jnp.maximum(jnp.sum(corpus.counts[rows][..., 1:]), 1)
-
-        def part(gradient: Any, rows: Array) -> tuple[Any, Array]:
-            loss, more = jax.value_and_grad(summed_loss)(
-                state.params, config, corpus.tokens[rows], corpus.counts[rows]
-            )
-            return jax.tree.map(jnp.add, gradient, more), loss
-
-        zeros = jax.tree.map(jnp.zeros_like, state.params)
-        gradient, losses = lax.scan(part, zeros, rows)
+        keys = jax.random.split(jax.random.fold_in(state.key, state.step), len(corpora))
+        gradient = jax.tree.map(jnp.zeros_like, state.params)
+        loss, targets = jnp.zeros(()), jnp.zeros(())
+        for key, corpus, share in zip(keys, corpora, shares, strict=True):
+            rows = jax.random.randint(key, (share,), 0, corpus.tokens.shape[0])
+            tokens, counts = corpus.tokens[rows], corpus.counts[rows]
+            more, part = jax.value_and_grad(summed_loss)(state.params, config, tokens, counts)
+            gradient = jax.tree.map(jnp.add, gradient, part)
+            loss, targets = loss + more, targets + jnp.sum(counts[:, 1:])
+        targets = jnp.maximum(targets, 1)
         gradient = jax.tree.map(lambda leaf: leaf / targets.astype(leaf.dtype), gradient)
-        loss = jnp.sum(losses) / targets
         updates, optimiser_state = optimiser.update(gradient, state.optimiser, state.params)
         params = optax.apply_updates(state.params, updates)
-        return state.replace(params=params, optimiser=optimiser_state, step=state.step + 1), loss
+        state = state.replace(params=params, optimiser=optimiser_state, step=state.step + 1)
+        return state, loss / targets
 
     return lax.scan(step, state, None, length=steps)

@@ -60,6 +60,7 @@ def torch_model(variant: str) -> Any:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    torch.set_num_threads(1)
     torch.manual_seed(sorted(VARIANTS).index(variant))
     model = LlamaForCausalLM(LlamaConfig(**COMMON, **VARIANTS[variant])).eval()
     with torch.no_grad():

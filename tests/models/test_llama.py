@@ -1,6 +1,6 @@
 import dataclasses
+import importlib.util
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from cycleqd_jax.models import llama
 from cycleqd_jax.models.convert import load_model
 from cycleqd_jax.models.generate import Decoder
 from cycleqd_jax.models.llama import (
     attend,
-    forward,
     init_params,
     rms_norm,
     rope_frequencies,
@@ -26,6 +26,7 @@ from cycleqd_jax.models.specs import LlamaConfig, RopeScaling
 HERE = Path(__file__).parent
 VARIANTS = sorted(path.stem for path in (HERE / "golden").glob("*.npz"))
 TOLERANCE = 2e-4
+forward = jax.jit(llama.forward, static_argnums=1)
 
 
 def golden_model(variant: str, folder: Path) -> tuple[LlamaConfig, Any, dict[str, np.ndarray]]:
@@ -36,6 +37,16 @@ def golden_model(variant: str, folder: Path) -> tuple[LlamaConfig, Any, dict[str
     weights = {k.removeprefix("weight/"): v for k, v in golden.items() if k.startswith("weight/")}
     save_file(weights, folder / "model.safetensors")
     return *load_model(folder), golden
+
+
+def golden_script() -> Any:
+    """The module of the script next to this file."""
+    spec = importlib.util.spec_from_file_location("make_golden", HERE / "make_golden.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def prompts_of(golden: dict[str, np.ndarray]) -> list[list[int]]:
@@ -69,11 +80,7 @@ def test_logits_and_greedy_text_are_those_of_transformers(variant: str, tmp_path
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_live_transformers_agree(variant: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    sys.path.insert(0, str(HERE))
-    try:
-        import make_golden
-    finally:
-        sys.path.remove(str(HERE))
+    make_golden = golden_script()
     model = make_golden.torch_model(variant)
     answers = make_golden.torch_answers(model)
     model.save_pretrained(tmp_path)

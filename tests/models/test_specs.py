@@ -105,7 +105,10 @@ def test_unknown_options_that_are_off_are_accepted() -> None:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"num_layers": 0}, "num_layers must be at least 1"), ({"head_dim": 7}, "head_dim must be even")],
+    [
+        ({"num_layers": 0}, "num_layers must be at least 1"),
+        ({"head_dim": 7}, "head_dim must be even"),
+    ],
 )
 def test_sizes_that_make_no_model_are_refused(change: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
