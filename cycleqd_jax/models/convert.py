@@ -228,7 +228,7 @@ def _read_leaf(tensors: _Tensors, spec: LeafSpec, num_layers: int, dtype: str | 
 def _checked_leaves(config: LlamaConfig, params: LlamaParams) -> list[tuple[LeafSpec, Any]]:
     """Pairs of spec and leaf, after a check of tree, shapes and dtypes."""
     table = leaf_table(config)
-    expected = jax.tree.structure(table)
+    expected: Any = jax.tree.structure(table)
     # Kernels stay whole here: one of them in place of a leaf must be named, not flattened.
     found, structure = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda node: not isinstance(node, LlamaParams | type(table.layers) | None)

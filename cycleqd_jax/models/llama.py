@@ -1,6 +1,5 @@
 """The Llama forward pass: pure functions over `LlamaParams`, layers run by `lax.scan`."""
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ __all__ = ["LayerParams", "LlamaParams", "forward", "init_params"]
 _UNROLL_LIMIT = 8
 
 
-@partial(jax.jit, static_argnums=1)
 def init_params(key: Array, config: LlamaConfig) -> LlamaParams:
     """Random weights of the table's scale, norms of ones, in `config.dtype`."""
     specs, structure = jax.tree.flatten(leaf_table(config))

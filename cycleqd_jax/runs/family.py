@@ -10,7 +10,7 @@ import json
 import os
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,15 @@ from cycleqd_jax.models.tokenizer import load_tokenizer
 from cycleqd_jax.progress import Progress, track
 from cycleqd_jax.runs.files import write_json_atomic
 from cycleqd_jax.tasks.base import Problem, Task
-from cycleqd_jax.training.corpus import Corpus, bucket_rows
+from cycleqd_jax.training.corpus import bucket_rows
 from cycleqd_jax.training.sft import TrainConfig, train
 from cycleqd_jax.training.tokenizer import render_conversations, train_tokenizer
+
+
+# A few thousand problems hold every word there is.
+_TOKENIZER_PROBLEMS = 6000
+
+Row = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -43,8 +49,11 @@ class FamilyConfig:
         difficulty: of the problems.
         chats: share of the base's problems that it sees as conversations rather than documents. With
             none the base does not know the format, and merges of experts fall apart.
+        replay: share of an expert's rows that come from the base's mixture. With none an expert
+            forgets the other skills so thoroughly that no merge recovers them.
         base: training of the base.
-        expert: training of each expert.
+        expert: training of each expert, but for its length.
+        expert_steps: updates of each expert, in the order of the tasks: skills are not equally hard.
         seed: of the problems and the initial weights.
     """
 
@@ -55,9 +64,11 @@ class FamilyConfig:
     heads: int = 4
     problems: int = 6000
     difficulty: int = 1
-    chats: float = 0.03
-    base: TrainConfig = field(default_factory=lambda: TrainConfig(1600, 32, 3e-3))
-    expert: TrainConfig = field(default_factory=lambda: TrainConfig(300, 32, 1e-3))
+    chats: float = 0.04
+    replay: float = 0.2
+    base: TrainConfig = field(default_factory=lambda: TrainConfig(2000, 32, 3e-3))
+    expert: TrainConfig = field(default_factory=lambda: TrainConfig(0, 32, 1e-3))
+    expert_steps: tuple[int, ...] = (150, 400, 400)
     seed: int = 0
 
     @property
@@ -111,32 +122,53 @@ def make_family(cache: Path, config: FamilyConfig, tasks: Sequence[Task]) -> Fam
         )
         for task in track(tasks, "training problems")
     }
+    every = [problem for drawn in problems.values() for problem in drawn]
+    random.Random(config.seed).shuffle(every)
+    if family.base.exists():
+        tokenizer = load_tokenizer(family.base)
+    else:
+        tokenizer = train_tokenizer(_texts(every[:_TOKENIZER_PROBLEMS]), config.vocab_size)
+    mixture = _mixture(tokenizer, every, config.chats)
     if not family.base.exists():
-        _make_base(family.base, config, problems)
-    tokenizer = load_tokenizer(family.base)
+        architecture = _architecture(config, tokenizer)
+        params = init_params(jax.random.key(config.seed), architecture)
+        params = _train("base", params, architecture, mixture, tokenizer, config.base)
+        save_model(family.base, architecture, params, tokenizer=tokenizer)
     for name, folder in missing.items():
-        _make_expert(folder, family.base, name, config, problems[name], tokenizer)
+        own = render_conversations(tokenizer, [p.demonstration for p in problems[name]])
+        again = mixture[: round(len(own) * config.replay / (1 - config.replay))]
+        architecture, params = load_model(family.base)
+        steps = config.expert_steps[config.tasks.index(name)]
+        settings = replace(config.expert, steps=steps)
+        params = _train(
+            f"expert {name}", params, architecture, [*own, *again], tokenizer, settings
+        )
+        save_model(folder, architecture, params, like=family.base)
     return family
 
 
-def _make_base(
-    folder: Path, config: FamilyConfig, problems: dict[str, Sequence[Problem]]
-) -> None:
-    every = [problem for drawn in problems.values() for problem in drawn]
-    random.Random(config.seed).shuffle(every)
-    # A few thousand problems hold every word there is.
-    texts = [
+def _texts(problems: Sequence[Problem]) -> list[str]:
+    return [
         text
-        for problem in every[:6000]
+        for problem in problems
         for text in (problem.prompt, problem.document, *problem.answers, *problem.observations)
     ]
-    tokenizer = train_tokenizer(texts, config.vocab_size)
-    chats = round(config.chats * len(every))
-    rows = render_conversations(tokenizer, [p.demonstration for p in every[:chats]])
-    documents = tokenizer([problem.document for problem in every[chats:]])["input_ids"]
-    every_text = [tokens for tokens, _ in rows] + [[*d, tokenizer.eos_token_id] for d in documents]
-    corpora = bucket_rows([(t, [1] * len(t)) for t in every_text], tokenizer.pad_token_id)
-    architecture = LlamaConfig(
+
+
+def _mixture(tokenizer: Any, problems: Sequence[Problem], chats: float) -> list[Row]:
+    """Rows of the base's training: documents, and a share of conversations; every token counts."""
+    count = round(chats * len(problems))
+    talks = render_conversations(tokenizer, [p.demonstration for p in problems[:count]])
+    documents = tokenizer([problem.document for problem in problems[count:]])["input_ids"]
+    texts = [tokens for tokens, _ in talks]
+    texts += [[*document, tokenizer.eos_token_id] for document in documents]
+    # Conversations stand first; a share of the rows from the front must be a fair sample.
+    random.Random(len(texts)).shuffle(texts)
+    return [(tokens, [1] * len(tokens)) for tokens in texts]
+
+
+def _architecture(config: FamilyConfig, tokenizer: Any) -> LlamaConfig:
+    return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=config.width,
         intermediate_size=3 * config.width,
@@ -149,33 +181,20 @@ def _make_base(
         eos_ids=(tokenizer.eos_token_id,),
         pad_id=tokenizer.pad_token_id,
     )
-    params = init_params(jax.random.key(config.seed), architecture)
-    params = _train("base", params, architecture, corpora, config.base)
-    save_model(folder, architecture, params, tokenizer=tokenizer)
-
-
-def _make_expert(
-    folder: Path,
-    base: Path,
-    name: str,
-    config: FamilyConfig,
-    problems: Sequence[Problem],
-    tokenizer: Any,
-) -> None:
-    conversations = render_conversations(tokenizer, [p.demonstration for p in problems])
-    corpora = bucket_rows(conversations, tokenizer.pad_token_id)
-    architecture, params = load_model(base)
-    params = _train(f"expert {name}", params, architecture, corpora, config.expert)
-    save_model(folder, architecture, params, like=base)
 
 
 def _train(
-    name: str, params: Any, architecture: LlamaConfig, corpora: Sequence[Corpus], settings: TrainConfig
+    name: str,
+    params: Any,
+    architecture: LlamaConfig,
+    rows: Sequence[Row],
+    tokenizer: Any,
+    settings: TrainConfig,
 ) -> Any:
-    params = jax.tree.map(jnp.asarray, params)
+    corpora = bucket_rows(rows, tokenizer.pad_token_id)
     with Progress(f"train {name}", settings.steps) as progress:
         return train(
-            params,
+            jax.tree.map(jnp.asarray, params),
             architecture,
             corpora,
             settings,

@@ -10,7 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeVar
+from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
 from cycleqd_jax.sandbox.base import Job, Outcome
 
@@ -34,6 +34,7 @@ class Request(NamedTuple):
     messages: tuple[Message, ...]
 
 
+@runtime_checkable
 class Policy(Protocol):
     """A model, or anything that speaks: messages in, text out."""
 
@@ -90,6 +91,7 @@ class Problem:
 P = TypeVar("P", bound=Problem)
 
 
+@runtime_checkable
 class Task(Protocol):
     """A skill: where its problems come from and how an attempt is judged."""
 

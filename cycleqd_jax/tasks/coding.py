@@ -140,7 +140,8 @@ def make_problem(rng: random.Random, difficulty: int) -> CodingProblem:
     conditions = " and ".join(part.code.format(k) for part, k in filters if part.code)
     body = f"{mapping[0].code.format(mapping[1])} for x in xs"
     body += f" if {conditions}" if conditions else ""
-    code = f"def {name}(xs):\n    return {reduction.code.format(body)}"
+    expression = reduction.code.format(body)
+    code = f"def {name}(xs):\n    return {expression}"
     prompt = rng.choice(TEMPLATES).format(name=name, what=what)
     cases = random.Random(prompt)
     inputs = [[], *([cases.randint(-20, 20) for _ in range(cases.randint(4, 9))] for _ in range(5))]
@@ -152,7 +153,7 @@ def make_problem(rng: random.Random, difficulty: int) -> CodingProblem:
     return CodingProblem(
         prompt=prompt,
         answers=(code,),
-        document=f"# {what}\n{code}",
+        document=f"# {what}\n{expression}",
         kind=reduction.words,
         function=name,
         calls=tuple((xs,) for xs in inputs),
@@ -165,8 +166,8 @@ def strip_fence(text: str) -> str:
     if "```" not in text:
         return text
     inside = text.split("```", 2)[1]
-    first, _, rest = inside.partition("\n")
-    return rest if first.strip().isalnum() else inside
+    first, newline, rest = inside.partition("\n")
+    return rest if newline and first.strip().isalnum() else inside
 
 
 def _draw(rng: random.Random, parts: tuple[Part, ...]) -> tuple[Part, int]:
@@ -176,5 +177,6 @@ def _draw(rng: random.Random, parts: tuple[Part, ...]) -> tuple[Part, int]:
 def _results(stdout: str) -> Any:
     try:
         return json.loads(stdout)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
+        # The program may have written what it liked: no JSON, a number of 5000 digits, a deep nest.
         return None

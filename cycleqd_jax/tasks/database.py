@@ -133,6 +133,16 @@ def show_value(value: Any) -> str:
 
 def make_problem(rng: random.Random, difficulty: int) -> DatabaseProblem:
     """Draw one problem; difficulty 2 and more joins that many conditions."""
+    while True:
+        problem = _draw_problem(rng, difficulty)
+        if problem.state is None:
+            return problem
+        before = _run(problem.setup, problem.dump, problem.dump)[1]
+        if problem.state != before:
+            return problem  # else doing nothing would be right: draw again
+
+
+def _draw_problem(rng: random.Random, difficulty: int) -> DatabaseProblem:
     schema = rng.choice(SCHEMAS)
     kind, draw = rng.choice(
         (
@@ -250,7 +260,8 @@ def _make_table(rng: random.Random, schema: Schema) -> tuple[str, str]:
     types = [f"{key} TEXT", f"{other} TEXT", *(f"{column} INTEGER" for column in schema.numbers)]
     setup = f"CREATE TABLE {schema.table} ({', '.join(types)});\n"
     setup += f"INSERT INTO {schema.table} VALUES {', '.join(rows)};"
-    return setup, f"SELECT * FROM {schema.table} ORDER BY 1, 2, 3, 4"
+    # "main", or else a temporary view of the same name would be listed in its place.
+    return setup, f"SELECT * FROM main.{schema.table} ORDER BY 1, 2, 3, 4"
 
 
 def _run(setup: str, sql: str, dump: str) -> tuple[list[list[Any]] | None, list[list[Any]]]:

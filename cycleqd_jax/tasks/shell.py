@@ -84,7 +84,7 @@ def make_problem(rng: random.Random, difficulty: int) -> ShellProblem:
             prints, leaves = _achieve(goals, tree)
             break
         except KeyError:
-            continue  # a later goal needs a file that an earlier one took away: draw again
+            continue  # a goal has nothing to do, or an earlier one took its file away: draw again
     command = " && ".join(goal.command for goal in goals)
     return ShellProblem(
         prompt=prompt,
@@ -103,13 +103,19 @@ def _draw_goal(rng: random.Random, *, query: bool) -> Goal:
 
 
 def _achieve(goals: list[Goal], tree: Tree) -> tuple[str | None, Tree | None]:
-    """Work out what a right command prints, or leaves; KeyError if a goal needs a file that is gone."""
+    """Work out what a right command prints, or leaves.
+
+    Raises KeyError if a goal needs a file that is gone, or changes nothing: its command would fail
+    and end the chain, or doing nothing would be right.
+    """
     if goals[-1].prints is not None:
         return goals[-1].prints(tree), None
     leaves = dict(tree)
     for goal in goals:
         assert goal.leaves is not None
-        leaves = goal.leaves(leaves)
+        before, leaves = leaves, goal.leaves(leaves)
+        if leaves in (before, tree):
+            raise KeyError(goal.request)
     return None, leaves
 
 

@@ -80,6 +80,7 @@ def train(
     """
     shares = rows_per_update([corpus.tokens.shape[0] for corpus in corpora], settings.batch_size)
     optimiser = make_optimiser(settings)
+    params = jax.tree.map(jnp.array, params)  # a copy: every step gives its buffers to the next
     state = TrainState(
         params=params,
         optimiser=optimiser.init(params),

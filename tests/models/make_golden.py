@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 GOLDEN = Path(__file__).parent / "golden"
-COMMON = {
+COMMON: dict[str, Any] = {
     "vocab_size": 40,
     "hidden_size": 24,
     "intermediate_size": 32,
@@ -77,7 +77,7 @@ def torch_answers(model: Any) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
     tokens = np.zeros((len(LENGTHS), max(LENGTHS)), np.int32)
     for row, length in enumerate(LENGTHS):
-        tokens[row, :length] = rng.integers(3, COMMON["vocab_size"], length)
+        tokens[row, :length] = rng.integers(3, int(COMMON["vocab_size"]), length)
     mask = np.arange(max(LENGTHS)) < np.array(LENGTHS)[:, None]
     greedy = np.full((len(LENGTHS), NEW_TOKENS), -1, np.int32)
     with torch.no_grad():
@@ -107,9 +107,8 @@ def main() -> None:
             if not (tied and name == "lm_head.weight")
         }
         config = np.array(model.config.to_json_string(use_diff=True))
-        np.savez_compressed(
-            GOLDEN / f"{variant}.npz", config=config, **torch_answers(model), **weights
-        )
+        arrays: dict[str, Any] = {"config": config, **torch_answers(model), **weights}
+        np.savez_compressed(GOLDEN / f"{variant}.npz", **arrays)
 
 
 if __name__ == "__main__":

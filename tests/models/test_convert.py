@@ -2,6 +2,7 @@ import dataclasses
 import errno
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,18 @@ from safetensors.numpy import load_file, save_file
 from cycleqd_jax.models import convert
 from cycleqd_jax.models.convert import load_config, load_model, save_model
 from cycleqd_jax.models.kernels import SpectralKernel
-from cycleqd_jax.models.llama import forward, init_params
+from cycleqd_jax.models.llama import forward
 from cycleqd_jax.models.specs import LlamaConfig
 
 CONFIG = LlamaConfig(40, 16, 24, 2, 4, 2, 4, eos_ids=(2,), bos_id=1, pad_id=0)
+Make = Callable[..., Any]
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 
 
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
+def saved(tmp_path: Path, make_params: Make) -> Path:
     """A folder with a model in it, to be damaged."""
-    return save_model(tmp_path / "model", CONFIG, init_params(jax.random.key(0), CONFIG))
+    return save_model(tmp_path / "model", CONFIG, make_params(CONFIG, 0))
 
 
 def rewrite(folder: Path, change: Any) -> None:
@@ -45,9 +47,11 @@ def same_bits(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_a_round_trip_is_exact_to_the_bit(tied: bool, dtype: str, tmp_path: Path) -> None:
+def test_a_round_trip_is_exact_to_the_bit(
+    tied: bool, dtype: str, tmp_path: Path, make_params: Make
+) -> None:
     config = dataclasses.replace(CONFIG, tie_embeddings=tied, dtype=dtype)
-    params = init_params(jax.random.key(0), config)
+    params = make_params(config, 0)
     found_config, found = load_model(save_model(tmp_path / "a", config, params))
     assert found_config == config
     assert jax.tree.all(jax.tree.map(same_bits, params, found))
@@ -132,9 +136,11 @@ def test_rotary_buffers_of_old_exports_are_ignored(saved: Path) -> None:
     assert load_model(saved)[0] == CONFIG
 
 
-def test_a_tied_model_may_repeat_its_head_but_not_change_it(tmp_path: Path) -> None:
+def test_a_tied_model_may_repeat_its_head_but_not_change_it(
+    tmp_path: Path, make_params: Make
+) -> None:
     config = dataclasses.replace(CONFIG, tie_embeddings=True)
-    folder = save_model(tmp_path / "m", config, init_params(jax.random.key(0), config))
+    folder = save_model(tmp_path / "m", config, make_params(config, 0))
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].copy()}))
     assert load_model(folder)[1].head is None
     rewrite(folder, lambda t: t.update({"lm_head.weight": t["lm_head.weight"] + 1}))
@@ -171,8 +177,8 @@ def test_an_unsupported_option_is_refused_before_weights_are_read(saved: Path) -
         load_model(saved)
 
 
-def test_parameters_that_do_not_fit_are_not_saved(tmp_path: Path) -> None:
-    params = init_params(jax.random.key(0), CONFIG)
+def test_parameters_that_do_not_fit_are_not_saved(tmp_path: Path, make_params: Make) -> None:
+    params = make_params(CONFIG, 0)
     gate = params.layers.gate
     kernel = SpectralKernel(base=gate, u=gate, v=gate, gain=gate)
     bad = {
@@ -190,8 +196,8 @@ def test_parameters_that_do_not_fit_are_not_saved(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_in_use_is_replaced_only_on_demand(saved: Path) -> None:
-    other = init_params(jax.random.key(1), CONFIG)
+def test_a_folder_in_use_is_replaced_only_on_demand(saved: Path, make_params: Make) -> None:
+    other = make_params(CONFIG, 1)
     with pytest.raises(FileExistsError, match=r"already exists.*overwrite=True"):
         save_model(saved, CONFIG, other)
     (saved / "leftover").write_text("")
@@ -202,7 +208,7 @@ def test_a_folder_in_use_is_replaced_only_on_demand(saved: Path) -> None:
 
 
 def test_a_failed_save_leaves_nothing_and_the_old_folder_whole(
-    saved: Path, monkeypatch: pytest.MonkeyPatch
+    saved: Path, monkeypatch: pytest.MonkeyPatch, make_params: Make
 ) -> None:
     before = (saved / "model.safetensors").read_bytes()
 
@@ -210,7 +216,7 @@ def test_a_failed_save_leaves_nothing_and_the_old_folder_whole(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(convert, "_write_weights", full)
-    other = init_params(jax.random.key(1), CONFIG)
+    other = make_params(CONFIG, 1)
     with pytest.raises(OSError, match=r"no space left to save the model: expected .* MB free"):
         save_model(saved, CONFIG, other, overwrite=True)
     assert (saved / "model.safetensors").read_bytes() == before
@@ -218,12 +224,12 @@ def test_a_failed_save_leaves_nothing_and_the_old_folder_whole(
 
 
 def test_too_little_space_is_noticed_before_writing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_params: Make
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(convert.shutil, "disk_usage", lambda _: usage)
     with pytest.raises(OSError, match=r"found 0\.0 MB; free some"):
-        save_model(tmp_path / "m", CONFIG, init_params(jax.random.key(0), CONFIG))
+        save_model(tmp_path / "m", CONFIG, make_params(CONFIG, 0))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,12 +246,14 @@ def test_tokenizer_files_are_copied_from_another_folder(saved: Path, tmp_path: P
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_transformers_loads_a_saved_folder(tied: bool, dtype: str, tmp_path: Path) -> None:
+def test_transformers_loads_a_saved_folder(
+    tied: bool, dtype: str, tmp_path: Path, make_params: Make
+) -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
     config = dataclasses.replace(CONFIG, tie_embeddings=tied, dtype=dtype)
-    params = init_params(jax.random.key(0), config)
+    params = make_params(config, 0)
     folder = save_model(tmp_path / "m", config, params)
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())

@@ -1,15 +1,15 @@
-from functools import cache
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
 
-from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors, materialise
+from cycleqd_jax.merging.spectral import materialise
 from cycleqd_jax.models import kernels
 from cycleqd_jax.models.generate import Decoder, DecodeStats
-from cycleqd_jax.models.llama import forward, init_params
-from cycleqd_jax.models.specs import LeafSpec, LlamaConfig, leaf_table
+from cycleqd_jax.models.llama import forward
+from cycleqd_jax.models.specs import LlamaConfig
 
 CONFIG = LlamaConfig(48, 16, 24, 2, 4, 2, 4, max_positions=96)
 CANDIDATES, NEW_TOKENS = 3, 20
@@ -21,35 +21,15 @@ full_forward = jax.jit(forward, static_argnums=1)
 build = jax.jit(materialise)
 
 
-@cache
-def model() -> Any:
+@pytest.fixture(scope="module")
+def model(make_params: Callable[..., Any]) -> Any:
     """Weights large enough that a text does not fall into a loop at once."""
-    params = init_params(jax.random.key(0), CONFIG)
-    return jax.tree.map(lambda leaf: leaf if leaf.ndim == 1 else 3 * np.asarray(leaf), params)
+    return make_params(CONFIG, scale=3.0)
 
 
-@cache
-def population() -> tuple[Any, Any, Any]:
-    return model(), *jax.jit(directions)()
-
-
-def directions() -> tuple[Any, Any]:
-    """A random basis of two experts and the gains of three candidates."""
-    keys = iter(jax.random.split(jax.random.key(100), 99))
-
-    def factors(spec: LeafSpec) -> MatrixFactors | VectorFactors:
-        lead = (CONFIG.num_layers,) if spec.stacked else ()
-        if spec.role == "vector":
-            return VectorFactors(delta=0.2 * jax.random.normal(next(keys), (*lead, 2, *spec.shape)))
-        u, v = (jax.random.normal(next(keys), (*lead, size, 4)) for size in spec.shape)
-        return MatrixFactors(u=0.2 * u, v=v, ranks=(2, 2))
-
-    def gains(spec: LeafSpec) -> jax.Array:
-        lead = (CANDIDATES, CONFIG.num_layers) if spec.stacked else (CANDIDATES,)
-        return jax.random.uniform(next(keys), (*lead, 2 if spec.role == "vector" else 4))
-
-    table = leaf_table(CONFIG)
-    return jax.tree.map(factors, table), jax.tree.map(gains, table)
+@pytest.fixture(scope="module")
+def population(model: Any, make_population: Callable[..., Any]) -> tuple[Any, Any, Any]:
+    return model, *make_population(CONFIG, (2, 2), CANDIDATES, 0.2)
 
 
 def prompts(count: int, longest: int = 30, seed: int = 0) -> list[list[int]]:
@@ -86,17 +66,22 @@ def decoder(params: Any = None, **options: Any) -> Decoder:
     return Decoder(params, CONFIG, **settings)
 
 
-def test_answers_are_those_of_full_forward_passes() -> None:
-    params = model()
+@pytest.fixture(scope="module")
+def shared(model: Any) -> Decoder:
+    """One decoder for all tests that ask for nothing special: its programs are compiled once."""
+    return decoder(model, max_rows=16, workers=1)
+
+
+def test_answers_are_those_of_full_forward_passes(model: Any, shared: Decoder) -> None:
     questions = prompts(9)
-    answers = decoder(params).decode(questions)
-    assert answers == [naive(params, question) for question in questions]
+    answers = shared.decode(questions)
+    assert answers == [naive(model, question) for question in questions]
     assert len({len(answer) for answer in answers}) > 2
 
 
 @pytest.mark.parametrize("mode", ["rows", "candidates"])
-def test_rows_of_a_population_equal_each_candidate_alone(mode: Any) -> None:
-    base, basis, gains = population()
+def test_rows_of_a_population_equal_each_candidate_alone(mode: Any, population: Any) -> None:
+    base, basis, gains = population
     questions = prompts(8) * CANDIDATES
     candidates = [c for c in range(CANDIDATES) for _ in range(8)]
     attached = attach(base, basis, gains)
@@ -109,17 +94,15 @@ def test_rows_of_a_population_equal_each_candidate_alone(mode: Any) -> None:
     assert together[:8] != together[8:16]
 
 
-def test_an_answer_does_not_depend_on_its_company() -> None:
-    params = model()
+def test_an_answer_does_not_depend_on_its_company(shared: Decoder) -> None:
     questions = prompts(40)
-    engine = decoder(params, max_rows=16, workers=2)
-    together = engine.decode(questions)
-    assert [engine.decode([question])[0] for question in questions[:6]] == together[:6]
-    assert engine.decode(questions[::-1]) == together[::-1]
+    together = shared.decode(questions)
+    assert [shared.decode([question])[0] for question in questions[:6]] == together[:6]
+    assert shared.decode(questions[::-1]) == together[::-1]
 
 
-def test_a_chosen_mode_follows_cost_and_number_of_prompts() -> None:
-    attached = attach(*population())
+def test_a_chosen_mode_follows_cost_and_number_of_prompts(population: Any) -> None:
+    attached = attach(*population)
     engine = decoder(attached)
     few, many = prompts(CANDIDATES), prompts(16 * CANDIDATES)
     candidates = list(range(CANDIDATES)) * 16
@@ -132,8 +115,8 @@ def test_a_chosen_mode_follows_cost_and_number_of_prompts() -> None:
     assert built(many) == (jax.default_backend() == "cpu")
 
 
-def test_new_gains_and_weights_compile_nothing() -> None:
-    base, basis, gains = population()
+def test_new_gains_and_weights_compile_nothing(population: Any) -> None:
+    base, basis, gains = population
     questions = prompts(30)
     candidates = [i % CANDIDATES for i in range(30)]
     engine = decoder(mode="rows", max_rows=32, workers=1)
@@ -148,50 +131,44 @@ def test_new_gains_and_weights_compile_nothing() -> None:
     assert engine.traces <= 6
 
 
-def test_a_large_run_compiles_a_handful_of_programs() -> None:
-    engine = decoder(model(), max_rows=64, workers=1)
-    engine.decode(prompts(300, longest=60))
-    assert engine.traces <= 20
+def test_a_large_run_compiles_a_handful_of_programs(model: Any) -> None:
+    engine = decoder(model, max_rows=32, workers=1)
+    engine.decode(prompts(150, longest=40))
+    assert engine.traces <= 15
 
 
-def test_two_workers_compile_each_shape_once() -> None:
+def test_two_workers_compile_each_shape_once(model: Any, shared: Decoder) -> None:
     questions = prompts(64)
-    one, two = (decoder(model(), max_rows=16, workers=workers) for workers in (1, 2))
-    assert one.decode(questions) == two.decode(questions)
-    assert one.traces == two.traces
+    pair = decoder(model, max_rows=16, workers=2)
+    assert pair.decode(questions) == shared.decode(questions)
+    # Prompts of up to 16 and of up to 32 tokens are prefilled; the cache starts at 32 or 64 slots
+    # and may grow by one unit.
+    assert pair.traces <= 6
 
 
-def test_nothing_to_decode_gives_nothing() -> None:
-    assert decoder(model()).decode([]) == []
+def test_nothing_to_decode_gives_nothing(shared: Decoder) -> None:
+    assert shared.decode([]) == []
 
 
-def test_stop_at_once_gives_an_empty_answer() -> None:
+def test_stop_at_once_gives_an_empty_answer(model: Any) -> None:
     everything = list(range(CONFIG.vocab_size))
-    assert decoder(model(), stop_tokens=everything).decode(prompts(3)) == [[], [], []]
+    assert decoder(model, stop_tokens=everything).decode(prompts(3)) == [[], [], []]
 
 
-def test_without_stop_tokens_every_answer_is_full() -> None:
-    answers = decoder(model(), stop_tokens=[], max_new_tokens=9).decode(prompts(3))
-    assert [len(answer) for answer in answers] == [9, 9, 9]
-
-
-def test_the_context_cuts_an_answer() -> None:
-    params = model()
-    long = prompts(1, seed=3)[0][:1] * (CONFIG.max_positions - 4)
-    engine = decoder(params, stop_tokens=[])
-    (answer,) = engine.decode([long])
-    assert len(answer) == 4
-    assert len(engine.decode([[5], long])[0]) == NEW_TOKENS
+def test_the_context_or_the_limit_cuts_an_answer_without_stop_tokens(model: Any) -> None:
+    long = [7] * (CONFIG.max_positions - 4)
+    answers = decoder(model, stop_tokens=[], max_new_tokens=9).decode([[5], long, [6, 8]])
+    assert [len(answer) for answer in answers] == [9, 4, 9]
 
 
 @pytest.mark.parametrize("length", [0, 96, 200])
-def test_prompts_that_do_not_fit_are_refused(length: int) -> None:
+def test_prompts_that_do_not_fit_are_refused(length: int, model: Any) -> None:
     with pytest.raises(ValueError, match=f"prompt 1: expected 1 to 95 tokens.*found {length}"):
-        decoder(model()).decode([[5], [5] * length])
+        decoder(model).decode([[5], [5] * length])
 
 
-def test_candidates_that_do_not_fit_are_refused() -> None:
-    engine = decoder(attach(*population()))
+def test_candidates_that_do_not_fit_are_refused(model: Any, population: Any) -> None:
+    engine = decoder(attach(*population))
     with pytest.raises(ValueError, match=r"expected one candidate per prompt \(2\), found none"):
         engine.decode([[5], [6]])
     with pytest.raises(ValueError, match=r"expected one candidate per prompt \(2\), found 1"):
@@ -199,7 +176,7 @@ def test_candidates_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match=r"prompt 1: expected a candidate in \[0, 3\), found 3"):
         engine.decode([[5], [6]], [0, 3])
     with pytest.raises(ValueError, match=r"prompt 0: expected a candidate in \[0, 1\), found 2"):
-        decoder(model()).decode([[5]], [2])
+        decoder(model).decode([[5]], [2])
     with pytest.raises(ValueError, match="expected params here or in the constructor"):
         decoder().decode([[5]])
 
@@ -214,20 +191,22 @@ def test_candidates_that_do_not_fit_are_refused() -> None:
         ({"mode": "fast"}, "expected a mode of .* got 'fast'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+def test_settings_that_make_no_sense_are_refused(
+    options: dict[str, Any], message: str, model: Any
+) -> None:
     with pytest.raises(ValueError, match=message):
-        decoder(model(), **options)
+        decoder(model, **options)
 
 
-def test_progress_and_statistics_count_prompts_and_tokens() -> None:
+def test_progress_and_statistics_count_prompts_and_tokens(shared: Decoder) -> None:
     questions = prompts(20)
     finished: list[int] = []
-    engine = decoder(model(), max_rows=16)
-    answers = engine.decode(questions, on_finished=finished.append)
+    before = shared.stats
+    answers = shared.decode(questions, on_finished=finished.append)
     assert finished == [16, 4]
-    stats = engine.stats
-    assert stats.prompts == 20
-    assert stats.prefill_tokens == sum(map(len, questions))
-    assert stats.generated_tokens == sum(map(len, answers))
+    stats = shared.stats
+    assert stats.prompts - before.prompts == 20
+    assert stats.prefill_tokens - before.prefill_tokens == sum(map(len, questions))
+    assert stats.generated_tokens - before.generated_tokens == sum(map(len, answers))
     assert DecodeStats(generated_tokens=6, seconds=2.0).tokens_per_second == 3.0
     assert DecodeStats().tokens_per_second == 0.0

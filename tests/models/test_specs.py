@@ -110,7 +110,7 @@ def test_unknown_options_that_are_off_are_accepted() -> None:
         ({"head_dim": 7}, "head_dim must be even"),
     ],
 )
-def test_sizes_that_make_no_model_are_refused(change: dict[str, int], message: str) -> None:
+def test_sizes_that_make_no_model_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(TINY, **change)
 
@@ -120,7 +120,8 @@ def test_the_table_covers_every_leaf_once(tied: bool) -> None:
     config = dataclasses.replace(TINY, tie_embeddings=tied)
     params = init_params(jax.random.key(0), config)
     table = leaf_table(config)
-    assert jax.tree.structure(table) == jax.tree.structure(params)
+    expected: Any = jax.tree.structure(params)
+    assert jax.tree.structure(table) == expected
     names = [name for spec in jax.tree.leaves(table) for name in spec.hf_names(config.num_layers)]
     assert len(names) == len(set(names)) == 3 + 9 * config.num_layers - tied
     for spec, leaf in zip(jax.tree.leaves(table), jax.tree.leaves(params), strict=True):

@@ -71,9 +71,7 @@ def test_the_first_difference_is_named(
 def test_a_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found no such folder"):
         load_tokenizer(tmp_path / "nowhere")
-    with pytest.raises(
-        ValueError, match=r"expected tokenizer\.json or tokenizer.model, found neit"
-    ):
+    with pytest.raises(ValueError, match=r"expected tokenizer\.json or tokenizer\.model, found"):
         load_tokenizer(tmp_path)
 
 

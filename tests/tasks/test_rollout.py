@@ -1,0 +1,197 @@
+"""The batched agent loop: whose score goes where, and how many batches there are."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+
+from cycleqd_jax.sandbox import Job, MemoSandbox, Outcome, Sandbox
+from cycleqd_jax.tasks.base import Ask, Episode, Message, Problem, Request, Run, Split, Task
+from cycleqd_jax.tasks.registry import make_tasks
+from cycleqd_jax.tasks.rollout import rollout
+
+
+@dataclass(frozen=True)
+class Counting:
+    """A task of ``turns`` messages and programs; the score is the last program's output."""
+
+    name: str
+    turns: int = 1
+
+    def problems(
+        self, split: Split, count: int, *, seed: int = 0, difficulty: int = 1
+    ) -> list[Problem]:
+        return [
+            Problem(prompt=f"{self.name} {i}", answers=("",), document="", kind="k")
+            for i in range(count)
+        ]
+
+    def episode(self, problem: Problem) -> Episode:
+        history = [Message("user", problem.prompt)]
+        outcome = None
+        for _ in range(self.turns):
+            text = yield Ask(tuple(history))
+            assert isinstance(text, str)
+            outcome = yield Run(Job("bash", text))
+            assert isinstance(outcome, Outcome)
+            history += [Message("assistant", text), Message("user", outcome.stdout)]
+        assert outcome is not None
+        return float(outcome.stdout)
+
+
+@dataclass
+class EchoSandbox:
+    """Answers every program with its own text, and notes the batches."""
+
+    batches: list[int] = field(default_factory=list)
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        self.batches.append(len(jobs))
+        return [Outcome("ok", 0, job.source, "") for job in jobs]
+
+    def close(self) -> None: ...
+
+    def __enter__(self) -> "EchoSandbox":
+        return self
+
+    def __exit__(self, *exc: object) -> None: ...
+
+
+@dataclass
+class Speaker:
+    """Answers every request with a function of it, and notes the batches."""
+
+    speak: Callable[[Request], str]
+    batches: list[list[Request]] = field(default_factory=list)
+
+    def __call__(self, requests: Sequence[Request]) -> list[str]:
+        self.batches.append(list(requests))
+        return [self.speak(request) for request in requests]
+
+
+def value_of(request: Request) -> float:
+    """Another score for every candidate, task and problem."""
+    task, number = request.messages[0].content.split()
+    return request.candidate / 2 + int(number) / 32 + (task == "long") / 64
+
+
+def problems_of(*tasks: Task, count: int = 3) -> dict[str, Sequence[Problem]]:
+    return {task.name: task.problems("search", count + i) for i, task in enumerate(tasks)}
+
+
+SHORT, LONG = Counting("short"), Counting("long", turns=3)
+
+
+def test_every_episode_scores_in_its_own_place() -> None:
+    policy = Speaker(lambda request: str(value_of(request)))
+    played = rollout([LONG, SHORT], problems_of(LONG, SHORT), 3, policy, EchoSandbox())
+    candidates = np.arange(3)[:, None] / 2
+    assert {name: (s.shape, s.dtype) for name, s in played.solved.items()} == {
+        "long": ((3, 3), np.float32),
+        "short": ((3, 4), np.float32),
+    }
+    np.testing.assert_array_equal(played.solved["long"], candidates + np.arange(3) / 32 + 1 / 64)
+    np.testing.assert_array_equal(played.solved["short"], candidates + np.arange(4) / 32)
+    assert played.scores.dtype == np.float32
+    np.testing.assert_allclose(
+        played.scores, np.stack([s.mean(1) for s in played.solved.values()], axis=1), rtol=1e-6
+    )
+
+
+def test_the_order_of_the_tasks_is_the_order_of_the_columns() -> None:
+    policy = Speaker(lambda request: str(value_of(request)))
+    problems = problems_of(SHORT, LONG)
+    one = rollout([SHORT, LONG], problems, 2, policy, EchoSandbox())
+    other = rollout([LONG, SHORT], problems, 2, policy, EchoSandbox())
+    assert list(one.solved) == ["short", "long"]
+    np.testing.assert_array_equal(one.scores, other.scores[:, ::-1])
+
+
+def test_there_is_one_batch_of_messages_and_one_of_programs_a_round() -> None:
+    policy, sandbox = Speaker(lambda request: "1"), EchoSandbox()
+    played = rollout([SHORT, LONG], problems_of(SHORT, LONG), 5, policy, sandbox)
+    assert [len(batch) for batch in policy.batches] == [5 * 7, 5 * 4, 5 * 4]
+    assert sandbox.batches == [5 * 7, 5 * 4, 5 * 4]
+    assert played.requests == 5 * 15
+    assert set(played.seconds) == {"model", "sandbox"}
+
+
+def test_later_turns_hold_the_whole_conversation() -> None:
+    policy = Speaker(lambda request: f"{len(request.messages)}")
+    rollout([LONG], problems_of(LONG, count=1), 1, policy, EchoSandbox())
+    (last,) = policy.batches[-1]
+    assert [message.content for message in last.messages] == ["long 0", "1", "1", "3", "3"]
+    assert [message.role for message in last.messages] == ["user", "assistant"] * 2 + ["user"]
+
+
+def test_progress_counts_finished_episodes() -> None:
+    counts: list[int] = []
+    policy = Speaker(lambda request: "0")
+    rollout([SHORT, LONG], problems_of(SHORT, LONG), 2, policy, EchoSandbox(), counts.append)
+    assert counts == [6, 6, 14]
+
+
+def test_no_candidates_give_no_rows() -> None:
+    played = rollout([SHORT], problems_of(SHORT), 0, Speaker(lambda request: ""), EchoSandbox())
+    assert played.scores.shape == (0, 1)
+    assert played.requests == 0
+
+
+@pytest.mark.parametrize("surplus", [-1, 1])
+def test_a_wrong_number_of_answers_is_an_error(surplus: int) -> None:
+    def policy(requests: Sequence[Request]) -> list[str]:
+        return ["1"] * (len(requests) + surplus)
+
+    message = f"expected 6 answers from the policy, one a request, found {6 + surplus}"
+    with pytest.raises(ValueError, match=message):
+        rollout([SHORT], problems_of(SHORT), 2, policy, EchoSandbox())
+
+
+@pytest.mark.parametrize("problems", [{}, {"long": []}])
+def test_a_task_without_problems_is_an_error(problems: dict[str, Sequence[Problem]]) -> None:
+    problems = {**problems_of(SHORT), **problems}
+    policy = Speaker(lambda request: "1")
+    with pytest.raises(ValueError, match="expected problems for task 'long', found none"):
+        rollout([SHORT, LONG], problems, 1, policy, EchoSandbox())
+    assert policy.batches == []
+
+
+def test_candidates_of_a_mixed_population_get_their_own_rows(sandbox: Sandbox) -> None:
+    tasks = make_tasks(["coding", "database", "shell"])
+    problems = {task.name: task.problems("search", 6, seed=4) for task in tasks}
+    known = {p.prompt: (name, p) for name, drawn in problems.items() for p in drawn}
+    skills = [("coding", "database", "shell"), (), ("coding",), ("database",), ("shell", "coding")]
+
+    def speak(request: Request) -> str:
+        name, problem = known[request.messages[0].content]
+        return (
+            problem.answers[len(request.messages) // 2] if name in skills[request.candidate] else ""
+        )
+
+    policy = Speaker(speak)
+    played = rollout(tasks, problems, len(skills), policy, sandbox)
+    expected = [[float(task.name in mine) for task in tasks] for mine in skills]
+    np.testing.assert_array_equal(played.scores, expected)
+    # Only agents with a statement have a second turn.
+    assert [len(batch) for batch in policy.batches] == [5 * 18, 2 * 6]
+
+
+@pytest.mark.parametrize("name", ["coding", "database", "shell"])
+def test_the_same_text_for_the_same_problem_runs_once(name: str, sandbox: Sandbox) -> None:
+    tasks = [task for task in make_tasks(["coding", "database", "shell"]) if task.name == name]
+    problems = {name: tasks[0].problems("search", 3, seed=9)}
+    known = {problem.prompt: problem for problem in problems[name]}
+
+    def speak(request: Request) -> str:
+        answer = known[request.messages[0].content].answers[len(request.messages) // 2]
+        # The last candidate writes the same with a space more.
+        return answer + " " * (request.candidate == 4)
+
+    memo = MemoSandbox(sandbox)  # not closed: the sandbox is everybody's
+    played = rollout(tasks, problems, 5, Speaker(speak), memo)
+    np.testing.assert_array_equal(played.scores, np.ones((5, 1)))
+    different = 3 if name == "database" else 6  # a statement is stripped before it is run
+    assert (memo.misses, memo.hits) == (different, 15 - different)
+    rollout(tasks, problems, 5, Speaker(speak), memo)
+    assert memo.misses == different
