@@ -37,8 +37,9 @@ _SLOT_UNIT = 32
 _SMALLEST_BATCH = 16
 _PREFILL_TOKENS = 1024
 _HALF_STEPS_FROM = 64
-# Measured on two cores at width 128: with 96 prompts per candidate, building is 0.9 times as fast
-# as rows at a share of 0.27, 1.4 times at 1.1 and 2.6 times at 4.3.
+# Processor time of rows over that of building each candidate, at width 128 with 96 prompts per
+# candidate: 0.9 at a share of 0.27, 1.4 at 1.1, 2.6 at 4.3. The threshold lies between; it was not
+# measured itself.
 _ROWS_PER_CANDIDATE = 16
 _DEAR_SPECTRAL_SHARE = 0.4
 
@@ -105,8 +106,8 @@ class Decoder:
     - "auto": "candidates" on a CPU where the low-rank products of "rows" would cost a notable share
       of the dense ones and every candidate has enough prompts to fill its own batches; else "rows".
 
-    `workers` batches are decoded at the same time (default: one per core on a CPU, else one): the
-    small products of a decoding step do not keep two cores busy by themselves.
+    `workers` batches are decoded at the same time (default: one per core on a CPU, else one), since
+    the small products of a decoding step leave a second core partly idle.
     """
 
     def __init__(

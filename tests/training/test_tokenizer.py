@@ -1,4 +1,4 @@
-"""The family's tokenizer: lossless, digit by digit, and a chat template that marks what to learn."""
+"""The family's tokenizer: lossless, digits apart, and a chat template that marks what to learn."""
 
 import itertools
 from pathlib import Path

@@ -1,0 +1,65 @@
+"""A family of models so small that making it takes seconds; what they say is gibberish."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from cycleqd_jax.runs.config import RunConfig
+from cycleqd_jax.runs.family import Family, FamilyConfig, make_family
+from cycleqd_jax.tasks.registry import make_tasks
+from cycleqd_jax.training.sft import TrainConfig
+
+TASKS = ("coding", "database", "shell")
+
+TINY = FamilyConfig(
+    tasks=TASKS,
+    vocab_size=320,
+    width=32,
+    layers=1,
+    heads=2,
+    problems=40,
+    chats=0.2,
+    base=TrainConfig(3, 8, 1e-2),
+    expert=TrainConfig(0, 8, 1e-2),
+    expert_steps=(2, 2, 2),
+)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> FamilyConfig:
+    return TINY
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
+    return make_family(tmp_path_factory.mktemp("cache"), TINY, make_tasks(TASKS))
+
+
+@pytest.fixture(scope="session")
+def config(family: Family) -> RunConfig:
+    return RunConfig(
+        base=str(family.base),
+        experts={name: str(folder) for name, folder in family.experts.items()},
+        tasks=TASKS,
+        generations=4,
+        children=4,
+        problems=2,
+        final_problems=2,
+        finalists=2,
+        test_problems=2,
+        uniform_scales=(0.5, 1.0),
+        max_new_tokens=8,
+        bins=5,
+        checkpoint_every=2,
+    )
+
+
+@pytest.fixture(scope="session")
+def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that went through without a break."""
+    from cycleqd_jax.runs.driver import evolve  # here: collecting tests should not load Orbax
+
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    evolve(replace(config), out)
+    return out
