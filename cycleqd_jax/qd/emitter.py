@@ -145,7 +145,7 @@ class CycleQDEmitter(Emitter):
         self._schedule = schedule
         self._experts = tuple(int(e) for e in experts)
 
-    def init(  # noqa: PLR0917  # QDax's signature
+    def init(  # QDax's signature
         self,
         key: jax.Array,
         repertoire: Any,
@@ -184,7 +184,7 @@ class CycleQDEmitter(Emitter):
         )
         return children.genotypes, {"parents": children.parents, "archive": children.archive}
 
-    def state_update(  # noqa: PLR0917  # QDax's signature
+    def state_update(  # QDax's signature
         self,
         emitter_state: Any,
         repertoire: Any = None,

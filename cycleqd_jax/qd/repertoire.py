@@ -250,7 +250,7 @@ def _full_view(repertoire: CyclicRepertoire, k: Int[Array, ""]) -> MapElitesRepe
 
 
 @partial(jax.jit, static_argnames="capacity")
-def _write(  # noqa: PLR0917  # operands of one kernel
+def _write(  # operands of one kernel
     pool: CyclicRepertoire,
     decision: Decision,
     genotypes: Any,

@@ -74,10 +74,18 @@ class RunConfig:
                 f"expected at least two experts, found {len(self.experts)} "
                 f"({', '.join(self.experts) or 'none'}): give --experts NAME=DIR NAME=DIR …"
             )
-        for name in (
-            "generations children problems final_problems finalists test_problems difficulty bins "
-            "max_new_tokens checkpoint_every"
-        ).split():
+        for name in [
+            "generations",
+            "children",
+            "problems",
+            "final_problems",
+            "finalists",
+            "test_problems",
+            "difficulty",
+            "bins",
+            "max_new_tokens",
+            "checkpoint_every",
+        ]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
         for name in ("crossover_std", "mutation_max"):

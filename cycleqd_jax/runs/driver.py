@@ -78,8 +78,9 @@ def evolve(
         clock = Clock()
         workspace = open_workspace(config)
         console.print(
-            f"basis: rank {_ranks(workspace)} of each of {len(workspace.experts)} experts, retained energy "
-            f"{workspace.report.mean():.4f} (lowest {workspace.report.minimum():.4f})"
+            f"basis: rank {_ranks(workspace)} of each of {len(workspace.experts)} experts, "
+            f"retained energy {workspace.report.mean():.4f} "
+            f"(lowest {workspace.report.minimum():.4f})"
         )
         with MemoSandbox(open_sandbox(config.sandbox)) as sandbox:
             evaluator = Evaluator(workspace, sandbox)
@@ -100,7 +101,7 @@ def _finish(
     train_seconds: float,
     command: str,
 ) -> dict[str, Any]:
-    """Choose the final models on ``search``, write them, score every row of the table on ``test``."""
+    """Choose the final models on ``search``, write them, score the table's rows on ``test``."""
     config = workspace.config
     problems = workspace.problems("search", config.final_problems, config.seed + _FINAL_SEED)
     finals = choose_finals(workspace, evaluator, search.repertoire, problems)
@@ -108,7 +109,11 @@ def _finish(
     clock.lap("evolve")
     models = {"base": workspace.base}
     models |= {f"expert/{name}": params for name, params in workspace.experts.items()}
-    chosen = {"merge/uniform": uniform, "cycleqd/best": finals.best, "cycleqd/aggregate": finals.aggregate}
+    chosen = {
+        "merge/uniform": uniform,
+        "cycleqd/best": finals.best,
+        "cycleqd/aggregate": finals.aggregate,
+    }
     build = jax.jit(materialise)
     models |= {
         name: build(workspace.base, workspace.basis, choice.gains)

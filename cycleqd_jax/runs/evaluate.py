@@ -85,8 +85,6 @@ def _join(parts: Sequence[Rollout]) -> Rollout:
         solved={
             name: np.concatenate([part.solved[name] for part in parts]) for name in parts[0].solved
         },
-        seconds={
-            phase: sum(part.seconds[phase] for part in parts) for phase in parts[0].seconds
-        },
+        seconds={phase: sum(part.seconds[phase] for part in parts) for phase in parts[0].seconds},
         requests=sum(part.requests for part in parts),
     )

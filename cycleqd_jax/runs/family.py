@@ -28,7 +28,6 @@ from cycleqd_jax.training.corpus import bucket_rows
 from cycleqd_jax.training.sft import TrainConfig, train
 from cycleqd_jax.training.tokenizer import render_conversations, train_tokenizer
 
-
 # A few thousand problems hold every word there is.
 _TOKENIZER_PROBLEMS = 6000
 
@@ -47,13 +46,14 @@ class FamilyConfig:
         heads: query heads; there are half as many key heads.
         problems: training problems per skill.
         difficulty: of the problems.
-        chats: share of the base's problems that it sees as conversations rather than documents. With
-            none the base does not know the format, and merges of experts fall apart.
+        chats: share of the base's problems that it sees as conversations rather than documents.
+            With none the base does not know the format, and merges of experts fall apart.
         replay: share of an expert's rows that come from the base's mixture. With none an expert
             forgets the other skills so thoroughly that no merge recovers them.
         base: training of the base.
         expert: training of each expert, but for its length.
-        expert_steps: updates of each expert, in the order of the tasks: skills are not equally hard.
+        expert_steps: updates of each expert, in the order of the tasks: skills are not equally
+            hard.
         seed: of the problems and the initial weights.
     """
 
@@ -92,7 +92,7 @@ class Family:
 
 
 def default_cache() -> Path:
-    """Where families are kept: ``$CYCLEQD_CACHE``, or ``cycleqd_jax`` in the user's cache folder."""
+    """Where families are kept: ``$CYCLEQD_CACHE``, or ``~/.cache/cycleqd_jax``."""
     chosen = os.environ.get("CYCLEQD_CACHE")
     if chosen:
         return Path(chosen)
@@ -140,9 +140,7 @@ def make_family(cache: Path, config: FamilyConfig, tasks: Sequence[Task]) -> Fam
         architecture, params = load_model(family.base)
         steps = config.expert_steps[config.tasks.index(name)]
         settings = replace(config.expert, steps=steps)
-        params = _train(
-            f"expert {name}", params, architecture, [*own, *again], tokenizer, settings
-        )
+        params = _train(f"expert {name}", params, architecture, [*own, *again], tokenizer, settings)
         save_model(folder, architecture, params, like=family.base)
     return family
 
@@ -198,7 +196,5 @@ def _train(
             architecture,
             corpora,
             settings,
-            lambda done, loss: progress.advance(
-                done - progress.completed, note=f"loss {loss:.3f}"
-            ),
+            lambda done, loss: progress.advance(done - progress.completed, note=f"loss {loss:.3f}"),
         )

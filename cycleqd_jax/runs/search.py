@@ -79,8 +79,8 @@ class Search:
         if restored is not None:
             done = restored.generation
             self.repertoire, state = restored.state["repertoire"], restored.state["emitter"]
-        for log in (self._folder.metrics_file, self._folder.lineage_file):
-            truncate_after(log, done if restored is not None else -1)
+        for path in (self._folder.metrics_file, self._folder.lineage_file):
+            truncate_after(path, done if restored is not None else -1)
         with (
             JsonlWriter(self._folder.metrics_file) as metrics,
             JsonlWriter(self._folder.lineage_file) as lineage,

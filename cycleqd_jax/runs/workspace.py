@@ -5,12 +5,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+from threadpoolctl import threadpool_limits
+
 from cycleqd_jax.merging.decomposition import DecompositionReport
 from cycleqd_jax.merging.spectral import decompose
 from cycleqd_jax.merging.task_vector import task_vector
 from cycleqd_jax.models.convert import load_model
 from cycleqd_jax.models.specs import LlamaConfig, roles
-from cycleqd_jax.models.tokenizer import check_same_architecture, check_same_tokenizer, load_tokenizer
+from cycleqd_jax.models.tokenizer import (
+    check_same_architecture,
+    check_same_tokenizer,
+    load_tokenizer,
+)
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.tasks.base import Problem, Task
 from cycleqd_jax.tasks.registry import make_tasks
@@ -65,7 +72,12 @@ def open_workspace(config: RunConfig) -> Workspace:
         check_same_tokenizer(Path(config.base), Path(folder))
         experts[name] = params
     vectors = [task_vector(params, base) for params in experts.values()]
-    basis, report = decompose(vectors, roles(architecture), config.rank, base=base)
+    # The many small eigenproblems are up to a hundred times slower when BLAS threads of a busy
+    # machine wait for each other.
+    with threadpool_limits(1, user_api="blas"):
+        basis, report = jax.block_until_ready(
+            decompose(vectors, roles(architecture), config.rank, base=base)
+        )
     return Workspace(
         config=config,
         architecture=architecture,

@@ -8,7 +8,7 @@ episodes of every candidate and task in one batch.
 
 import hashlib
 import random
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
@@ -109,7 +109,7 @@ class Task(Protocol):
 
 
 def split_of(prompt: str) -> Split:
-    """Return the split a problem belongs to: a function of its prompt alone, so splits are disjoint."""
+    """Return the split of a problem: a function of its prompt alone, so splits are disjoint."""
     digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
     return _SPLIT_OF_DIGIT[int.from_bytes(digest) % len(_SPLIT_OF_DIGIT)]
 

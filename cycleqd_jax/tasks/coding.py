@@ -13,9 +13,24 @@ from typing import Any, Literal
 from cycleqd_jax.sandbox.base import Job, Outcome
 from cycleqd_jax.tasks.base import Ask, Episode, Message, Problem, Run, Split, draw_problems
 
-NAMES = (
-    "solve total work pick run make find check get scan fold calc test build apply step"
-).split()
+NAMES = [
+    "solve",
+    "total",
+    "work",
+    "pick",
+    "run",
+    "make",
+    "find",
+    "check",
+    "get",
+    "scan",
+    "fold",
+    "calc",
+    "test",
+    "build",
+    "apply",
+    "step",
+]
 
 
 @dataclass(frozen=True)
@@ -117,7 +132,7 @@ class CodingTask:
 
 
 def make_problem(rng: random.Random, difficulty: int) -> CodingProblem:
-    """Draw one problem; difficulty 1 joins a filter, a map and a reduction, 2 adds a second filter."""
+    """Draw one problem: a filter, a map and a reduction; each further difficulty adds a filter."""
     name = rng.choice(NAMES)
     filters = [_draw(rng, FILTERS)]
     if difficulty > 1:

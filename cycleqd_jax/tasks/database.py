@@ -24,12 +24,61 @@ class Schema:
     numbers: tuple[str, ...]
 
 
-_PEOPLE = tuple("Ann Bob Carl Dora Eva Finn Gina Hugo Iris Jack Kate Liam Mona Nils Olga Paul".split())
-_CITIES = tuple("Paris Rome Oslo Bern Kyoto Lima Cairo Delhi".split())
-_ITEMS = tuple("apple bread chair desk lamp pen phone shoe table tea watch book".split())
-_COLOURS = tuple("red blue green black white grey".split())
-_BOOKS = tuple("Emma Dune Ulysses Faust Hamlet Iliad Beloved Momo Lolita Walden Utopia Persepolis".split())
-_GENRES = tuple("drama comedy poetry history crime travel".split())
+_PEOPLE = tuple(
+    [
+        "Ann",
+        "Bob",
+        "Carl",
+        "Dora",
+        "Eva",
+        "Finn",
+        "Gina",
+        "Hugo",
+        "Iris",
+        "Jack",
+        "Kate",
+        "Liam",
+        "Mona",
+        "Nils",
+        "Olga",
+        "Paul",
+    ]
+)
+_CITIES = tuple(["Paris", "Rome", "Oslo", "Bern", "Kyoto", "Lima", "Cairo", "Delhi"])
+_ITEMS = tuple(
+    [
+        "apple",
+        "bread",
+        "chair",
+        "desk",
+        "lamp",
+        "pen",
+        "phone",
+        "shoe",
+        "table",
+        "tea",
+        "watch",
+        "book",
+    ]
+)
+_COLOURS = tuple(["red", "blue", "green", "black", "white", "grey"])
+_BOOKS = tuple(
+    [
+        "Emma",
+        "Dune",
+        "Ulysses",
+        "Faust",
+        "Hamlet",
+        "Iliad",
+        "Beloved",
+        "Momo",
+        "Lolita",
+        "Walden",
+        "Utopia",
+        "Persepolis",
+    ]
+)
+_GENRES = tuple(["drama", "comedy", "poetry", "history", "crime", "travel"])
 
 SCHEMAS = (
     Schema("staff", (("name", _PEOPLE), ("city", _CITIES)), ("age", "salary")),
@@ -92,7 +141,7 @@ class DatabaseTask:
         return draw_problems(make_problem, split, count, seed, difficulty)
 
     def episode(self, problem: Problem) -> Episode:
-        """Ask for SQL, run it, show the result, ask for the answer; score the answer or the table."""
+        """Ask for SQL, run it, show the result, ask for the answer; score answer or table."""
         assert isinstance(problem, DatabaseProblem)
         history = [Message("user", problem.prompt)]
         text = str((yield Ask(tuple(history))))
@@ -221,7 +270,10 @@ def _draw_lookup(rng: random.Random, schema: Schema, difficulty: int) -> tuple[s
     where = ""
     if difficulty > 1:
         more, condition = _draw_conditions(rng, schema, difficulty - 1)
-        where, request = f" WHERE {condition}", f"Which {key} with {more} has the {direction} {column}?"
+        where, request = (
+            f" WHERE {condition}",
+            f"Which {key} with {more} has the {direction} {column}?",
+        )
     else:
         request = f"Which {key} has the {direction} {column}?"
     return request, f"SELECT {key} FROM {schema.table}{where} ORDER BY {column} {order} LIMIT 1"
@@ -250,7 +302,7 @@ def _draw_insert(rng: random.Random, schema: Schema, difficulty: int) -> tuple[s
 
 
 def _make_table(rng: random.Random, schema: Schema) -> tuple[str, str]:
-    """Write the script that fills the table: one row per word of the first text column, all distinct."""
+    """Write the script that fills the table: one row per word of the first text column."""
     (key, words), (other, choices) = schema.text
     rows = []
     spread = {column: rng.sample(range(10, 100), len(words)) for column in schema.numbers}

@@ -28,7 +28,7 @@ def make_tasks(names: Sequence[str]) -> list[Task]:
         raise ValueError(f"expected each task once, found {', '.join(names)}")
     if len(names) < 2:
         raise ValueError(
-            f"expected at least two tasks (one archive each), found {len(names)}: quality-diversity "
-            "needs another task to be diverse in"
+            f"expected at least two tasks (one archive each), found {len(names)}: "
+            "quality-diversity needs another task to be diverse in"
         )
     return [TASKS[name]() for name in names]

@@ -14,10 +14,40 @@ from cycleqd_jax.tasks.coding import strip_fence
 
 Tree = dict[str, str]
 
-FOLDERS = tuple("docs logs src data tmp web mail img backup home".split())
-STEMS = tuple("notes report main todo users index plan draft error list draw music".split())
-ENDINGS = tuple("txt log py csv md".split())
-WORDS = tuple("alpha beta gamma delta omega sigma kappa zeta error warning ok failed".split())
+FOLDERS = tuple(["docs", "logs", "src", "data", "tmp", "web", "mail", "img", "backup", "home"])
+STEMS = tuple(
+    [
+        "notes",
+        "report",
+        "main",
+        "todo",
+        "users",
+        "index",
+        "plan",
+        "draft",
+        "error",
+        "list",
+        "draw",
+        "music",
+    ]
+)
+ENDINGS = tuple(["txt", "log", "py", "csv", "md"])
+WORDS = tuple(
+    [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "omega",
+        "sigma",
+        "kappa",
+        "zeta",
+        "error",
+        "warning",
+        "ok",
+        "failed",
+    ]
+)
 
 
 @dataclass(frozen=True)
@@ -63,9 +93,7 @@ class ShellTask:
         assert isinstance(problem, ShellProblem)
         text = yield Ask((Message("user", problem.prompt),))
         changes = problem.leaves is not None
-        job = Job(
-            kind="bash", source=strip_fence(str(text)), files=problem.tree, snapshot=changes
-        )
+        job = Job(kind="bash", source=strip_fence(str(text)), files=problem.tree, snapshot=changes)
         outcome = yield Run(job)
         assert isinstance(outcome, Outcome)
         if changes:
@@ -340,7 +368,9 @@ _CHANGES = (
 def _make_tree(rng: random.Random, goals: list[Goal]) -> Tree:
     """Make the files around the goals: every path and folder they mention, and some neighbours."""
     mentioned = [word.strip("?.,") for goal in goals for word in goal.request.split()]
-    folders = [f for f in FOLDERS if f in mentioned or any(w.startswith(f"{f}/") for w in mentioned)]
+    folders = [
+        f for f in FOLDERS if f in mentioned or any(w.startswith(f"{f}/") for w in mentioned)
+    ]
     paths = {w for w in mentioned if "/" in w and "." in w}
     endings = [word for word in mentioned if word in ENDINGS]
     words = [word for word in mentioned if word in WORDS]
@@ -348,7 +378,9 @@ def _make_tree(rng: random.Random, goals: list[Goal]) -> Tree:
     for folder in folders:
         paths.update(f"{folder}/{stem}.{rng.choice(ENDINGS)}" for stem in rng.sample(STEMS, 3))
         for ending in endings:
-            paths.update(f"{folder}/{stem}.{ending}" for stem in rng.sample(STEMS, rng.randint(1, 3)))
+            paths.update(
+                f"{folder}/{stem}.{ending}" for stem in rng.sample(STEMS, rng.randint(1, 3))
+            )
     for index, path in enumerate(sorted(paths)):
         lines = [rng.choice(WORDS) for _ in range(rng.randint(4, 7))]
         for word in words:

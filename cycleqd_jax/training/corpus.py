@@ -8,8 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 
-@flax.struct.dataclass
-class Corpus:
+class Corpus(flax.struct.PyTreeNode):
     """Rows of tokens.
 
     Attributes:
@@ -59,9 +58,7 @@ def bucket_rows(
     return corpora
 
 
-def _pad(
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, pad: int
-) -> Corpus:
+def _pad(rows: Sequence[tuple[Sequence[int], Sequence[int]]], length: int, pad: int) -> Corpus:
     tokens = np.full((len(rows), length), pad, np.int32)
     counts = np.zeros((len(rows), length), bool)
     for number, (ids, mask) in enumerate(rows):

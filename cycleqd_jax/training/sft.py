@@ -48,8 +48,7 @@ class TrainConfig:
     seed: int = 0
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Parameters, the optimiser's state, the random key and the number of steps done."""
 
     params: Any
@@ -70,8 +69,8 @@ def train(
     Args:
         params: parameters to start from; not modified.
         config: their architecture.
-        corpora: the rows to learn from, in buckets of equal length; every update draws rows of every
-            bucket, uniformly and with replacement, in proportion to the buckets' sizes.
+        corpora: the rows to learn from, in buckets of equal length; every update draws rows of
+            every bucket, uniformly and with replacement, in proportion to the buckets' sizes.
         settings: length, speed and seed of the run.
         on_progress: called after every few steps with the steps done and the latest loss.
 
@@ -90,9 +89,7 @@ def train(
     done = 0
     while done < settings.steps:
         steps = min(_CHUNK, settings.steps - done)
-        state, losses = _train_steps(
-            state, tuple(corpora), config, settings, shares, steps
-        )
+        state, losses = _train_steps(state, tuple(corpora), config, settings, shares, steps)
         done += steps
         loss = float(losses[-1])
         if not jnp.isfinite(loss):
@@ -119,9 +116,7 @@ def make_optimiser(settings: TrainConfig) -> optax.GradientTransformation:
     )
 
 
-def summed_loss(
-    params: Any, config: LlamaConfig, tokens: Array, counts: Array
-) -> Float[Array, ""]:
+def summed_loss(params: Any, config: LlamaConfig, tokens: Array, counts: Array) -> Float[Array, ""]:
     """Sum of the negative log likelihood of the tokens that count, each given those before it.
 
     Args:
@@ -136,7 +131,7 @@ def summed_loss(
 
 
 def rows_per_update(sizes: Sequence[int], batch_size: int) -> tuple[int, ...]:
-    """Share out the rows of an update over buckets of these sizes: in proportion, at least one each.
+    """Share out the rows of an update over buckets: in proportion to size, at least one each.
 
     Raises:
         ValueError: no bucket, an empty one, or more buckets than rows.
@@ -151,7 +146,10 @@ def rows_per_update(sizes: Sequence[int], batch_size: int) -> tuple[int, ...]:
     shares = [max(1, int(share)) for share in exact]
     while sum(shares) != batch_size:
         step = 1 if sum(shares) < batch_size else -1
-        gaps = [step * (e - s) if s + step >= 1 else -float("inf") for e, s in zip(exact, shares)]
+        gaps = [
+            step * (wanted - share) if share + step >= 1 else -float("inf")
+            for wanted, share in zip(exact, shares, strict=True)
+        ]
         shares[gaps.index(max(gaps))] += step
     return tuple(shares)
 

@@ -23,9 +23,15 @@ from cycleqd_jax.runs.lineage import read_births
 from cycleqd_jax.tasks.registry import make_tasks
 
 TASKS = ("coding", "database", "shell")
-ROWS = (
-    "base expert/coding expert/database expert/shell merge/uniform cycleqd/best cycleqd/aggregate"
-).split()
+ROWS = [
+    "base",
+    "expert/coding",
+    "expert/database",
+    "expert/shell",
+    "merge/uniform",
+    "cycleqd/best",
+    "cycleqd/aggregate",
+]
 
 
 def test_a_run_writes_everything_it_promises(finished: Path) -> None:
@@ -98,7 +104,9 @@ def test_an_interrupted_run_resumes_bit_for_bit(
     for name in ("best", "aggregate"):
         first, second = (load_model(run / name)[1] for run in (finished, tmp_path / "run"))
         assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
-    theirs, ours = (json.loads((r / "summary.json").read_text()) for r in (finished, tmp_path / "run"))
+    theirs, ours = (
+        json.loads((r / "summary.json").read_text()) for r in (finished, tmp_path / "run")
+    )
     assert {**theirs, "seconds": 0} == {**ours, "seconds": 0}
 
 
