@@ -26,7 +26,7 @@ def main() -> None:
         "--cache", type=Path, default=default_cache(), help="where experts are kept"
     )
     parser.add_argument(
-        "--generations", type=int, default=50, help="batches of 16 children to breed"
+        "--generations", type=int, default=30, help="batches of 16 children to breed"
     )
     args = parser.parse_args()
 

@@ -172,6 +172,9 @@ def _draw(workspace: Workspace, search: Search, folder: RunFolder, best: Choice)
     cells = np.asarray(repertoire.cells)
     scores = np.asarray(repertoire.scores)
     quality = np.where(cells >= 0, scores[cells, np.arange(len(config.tasks))[:, None]], np.nan)
+    # The star stands where the archives hold the model; its scores as a finalist are of others.
+    ids = np.where(repertoire.occupied, repertoire.extra_scores["id"], -1)
+    slot = int(np.argmax(ids == best.details["id"]))
     picture = ArchivePicture(
         quality=quality,
         bins=config.bins,
@@ -179,7 +182,7 @@ def _draw(workspace: Workspace, search: Search, folder: RunFolder, best: Choice)
         upper=np.asarray(repertoire.grid.upper),
         tasks=config.tasks,
         experts=search.expert_scores,
-        best=best.scores,
+        best=[float(score) for score in scores[slot]],
         generations=config.generations,
     )
     plot_archives(folder.archives_picture, picture)

@@ -6,6 +6,9 @@ from typing import Any
 from cycleqd_jax.models.generate import Decoder
 from cycleqd_jax.tasks.base import Message, Request
 
+# Conversations kept in rendered form: first turns recur, later ones are mostly met once.
+_REMEMBERED = 100_000
+
 
 class PopulationPolicy:
     """Answers requests with a decoder whose weights hold a whole population.
@@ -35,6 +38,8 @@ class PopulationPolicy:
 
     def __call__(self, requests: Sequence[Request]) -> list[str]:
         """Answer every request, in order."""
+        if len(self._rendered) > _REMEMBERED:
+            self._rendered = {}
         self._render({request.messages for request in requests} - self._rendered.keys())
         rows = self._decoder.decode(
             [self._rendered[request.messages] for request in requests],

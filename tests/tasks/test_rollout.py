@@ -29,12 +29,13 @@ class Counting:
 
     def episode(self, problem: Problem) -> Episode:
         history = [Message("user", problem.prompt)]
-        outcome = None
+        outcome: Outcome | None = None
         for _ in range(self.turns):
             text = yield Ask(tuple(history))
             assert isinstance(text, str)
-            outcome = yield Run(Job("bash", text))
-            assert isinstance(outcome, Outcome)
+            answer = yield Run(Job("bash", text))
+            assert isinstance(answer, Outcome)
+            outcome = answer
             history += [Message("assistant", text), Message("user", outcome.stdout)]
         assert outcome is not None
         return float(outcome.stdout)

@@ -29,7 +29,9 @@ CONFIG = LlamaConfig(
     head_dim=4,
     tie_embeddings=True,
 )
+Row = tuple[list[int], list[int]]
 WIDE = 12
+EMPTY: Row = ([], [])
 SHORT = ([1, 2, 3, 4, 5], [0, 0, 1, 1, 1])
 LONG = ([7, 6, 5, 7, 6, 5, 7, 6, 5], [1] * 9)
 # Tests share settings and shapes where they can: most of their time is compilation.
@@ -135,7 +137,7 @@ def test_the_loss_is_the_one_of_the_slow_transcription() -> None:
 
 
 def test_padding_and_rows_of_padding_do_not_change_the_loss() -> None:
-    params, blank = fresh(scale=3), ([], [])
+    params, blank = fresh(scale=3), EMPTY
     alone = loss_of(params, [SHORT])
     for pad in (0, 9):
         assert loss_of(params, [blank, SHORT, blank], pad) == pytest.approx(alone, rel=1e-6)
@@ -160,19 +162,19 @@ def test_training_is_adamw_on_the_mean_over_all_targets_of_all_buckets() -> None
     assert slow_losses[-1] < slow_losses[0]
 
 
-def test_equal_buckets_are_as_one_and_rows_without_targets_as_none() -> None:
-    one = train(fresh(), CONFIG, [corpus_of(LONG)], RUN)
-    assert largest_change(one, fresh()) > 0.02
-    assert_close(train(fresh(), CONFIG, [corpus_of(LONG), corpus_of(LONG)], RUN), one, atol=1e-5)
-    blank = ([3] * 9, [0] * 9)
-    assert_close(train(fresh(), CONFIG, [corpus_of(LONG), corpus_of(blank)], RUN), one, atol=1e-5)
+def test_rows_without_targets_are_as_none() -> None:
+    blank: Row = ([3] * 9, [0] * 9)
+    alone = train(fresh(), CONFIG, [corpus_of(SHORT)], RUN)
+    assert largest_change(alone, fresh()) > 0.02
+    with_blank = train(fresh(), CONFIG, [corpus_of(SHORT), corpus_of(blank)], RUN)
+    assert_close(with_blank, alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("settings", [RUN, TrainConfig(steps=0)], ids=["steps", "no steps"])
 def test_the_parameters_that_came_in_are_not_modified(settings: TrainConfig) -> None:
     params = fresh()
     before = jax.tree.map(np.array, params)
-    train(params, CONFIG, [corpus_of(LONG)], settings)
+    train(params, CONFIG, [corpus_of(SHORT)], settings)
     for kept, leaf in zip(jax.tree.leaves(before), jax.tree.leaves(params), strict=True):
         np.testing.assert_array_equal(np.asarray(leaf), kept)
 
@@ -216,7 +218,7 @@ def test_tree_and_dtypes_are_kept_in_bfloat16() -> None:
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     params = fresh(config=config)
     trained = train(params, config, [corpus_of(LONG)], RUN)
-    assert jax.tree.structure(trained) == jax.tree.structure(params)
+    jax.tree.map(lambda new, old: None, trained, params)  # fails for another structure
     assert {leaf.dtype for leaf in jax.tree.leaves(trained)} == {jnp.dtype("bfloat16")}
     assert largest_change(trained, params) > 0
 
@@ -226,11 +228,11 @@ def test_a_loss_that_is_not_a_number_is_an_error() -> None:
     params = params.replace(final_norm=params.final_norm.at[0].set(jnp.nan))
     message = r"the loss is nan after step 8 of 8: lower learning_rate \(now 0.01\) or check"
     with pytest.raises(ValueError, match=message):
-        train(params, CONFIG, [corpus_of(LONG)], RUN)
+        train(params, CONFIG, [corpus_of(SHORT)], RUN)
 
 
 def test_an_empty_corpus_is_an_error() -> None:
-    empty = Corpus(tokens=jnp.zeros((0, 4), jnp.int32), counts=jnp.zeros((0, 4), bool))
+    empty = jax.tree.map(lambda leaf: leaf[:0], corpus_of(LONG))
     with pytest.raises(ValueError, match=r"at least one row each, found sizes \[\]"):
         train(fresh(), CONFIG, [], RUN)
     with pytest.raises(ValueError, match=r"at least one row each, found sizes \[1, 0\]"):
