@@ -57,6 +57,7 @@ WRONG = {
     "leaves at import": f"{GOOD}\nimport sys\nsys.exit(0)",
     "leaves at the call": "import sys\ndef total(xs):\n    sys.exit(0)",
     "exits hard": f"{GOOD}\nimport os\nos._exit(0)",
+    "fails after its results": f"{GOOD}\nimport atexit, os\natexit.register(os._exit, 3)",
     "kills its parent": f"{GOOD}\nimport os\nos.kill(os.getppid(), 9)\nos.abort()",
 }
 

@@ -137,6 +137,15 @@ def test_without_a_statement_first_nothing_scores(
     assert score(TASK, problem, [(first, problem.answers[-1])]) == [0.0]
 
 
+def test_a_view_in_the_place_of_a_generated_table_scores_zero(score):
+    problems = TASK.problems("train", 30, difficulty=1)
+    problem = next(problem for problem in problems if problem.kind == "insert")
+    table, values = problem.answers[0].removeprefix("SQL: INSERT INTO ").split(" ", 1)
+    view = f"CREATE TEMP VIEW {table} AS SELECT * FROM main.{table} UNION ALL {values}"
+    attempts = [(f"SQL: {view}", "Answer: done"), problem.answers]
+    assert score(TASK, problem, attempts) == [0.0, 1.0]
+
+
 def test_space_around_the_right_answer_does_not_matter(score):
     assert score(TASK, QUESTION, [(QUESTION.answers[0], " Answer: 42\n")]) == [1.0]
 
