@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from cycleqd_jax.merging.static import check_not_negative
+
 Crossover = Callable[[jax.Array, Any, Any], Any]
 """``(key, first parent, second parent) -> child``: three trees of one structure, no batch axis."""
 
@@ -30,8 +32,7 @@ def linear_crossover(mean: float = 1.0, std: float = 0.1) -> Crossover:
     Raises:
         ValueError: ``std`` is negative.
     """
-    if std < 0:
-        raise ValueError(f"std of the merge weights must not be negative, found {std}")
+    check_not_negative("std of the merge weights", std)
     return Partial(_linear, mean, std)
 
 
