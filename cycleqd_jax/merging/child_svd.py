@@ -18,7 +18,7 @@ from cycleqd_jax.merging.task_vector import Role
 HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def child_svd_mutation(model: Any, w_max: float = 2.0, space: Space = "spectral") -> Mutation:
+def child_svd_mutation(model: Any, w_max: Any = 2.0, space: Space = "spectral") -> Mutation:
     """Child-SVD mutation ``tau_l <- U (S w) V^T`` with ``tau_l = U S V^T``, ``w ~ U[0, w_max]``.
 
     Exact in the dense space: a float32 SVD of every matrix of every stacked layer, so the cost of a
@@ -33,7 +33,7 @@ def child_svd_mutation(model: Any, w_max: float = 2.0, space: Space = "spectral"
     Args:
         model: dense: the tree of roles, or the basis or its ``GainLayout``, of which only roles
             are used. Spectral: the basis or its ``GainLayout``.
-        w_max: upper end of the uniform distribution, not negative.
+        w_max: upper end of the uniform distribution, not negative; may be traced.
         space: what a genotype is.
 
     Raises:
@@ -65,10 +65,10 @@ def _dense(roles: LeafRoles, w_max: Any, key: jax.Array, genotype: Any, expert: 
     del expert
     keys = roles.treedef.unflatten(split_as(key, len(roles.roles)))
 
-    def scale(role: Role, x: jax.Array, leaf_key: jax.Array) -> jax.Array:
+    def scale(role: Role, x: Any, leaf_key: jax.Array) -> Any:
         if role == "vector":
             return x
-        u, s, vt = jnp.linalg.svd(x.astype(jnp.float32), full_matrices=False)
+        u, s, vt = jnp.linalg.svd(jnp.asarray(x, jnp.float32), full_matrices=False)
         w = w_max * jax.random.uniform(leaf_key, s.shape, jnp.float32)
         return jnp.matmul(u * (s * w)[..., None, :], vt, precision=HIGHEST).astype(x.dtype)
 

@@ -47,7 +47,7 @@ def draw_expert_gains(
 
 
 def expert_svd_mutation(
-    basis: SpectralBasis | GainLayout, w_max: float = 0.1, space: Space = "spectral"
+    basis: SpectralBasis | GainLayout, w_max: Any = 0.1, space: Space = "spectral"
 ) -> Mutation:
     """Expert-SVD mutation ``tau_l <- tau_l + U_q (S_q w) V_q^T``, ``w ~ U[0, w_max]``.
 
@@ -58,7 +58,7 @@ def expert_svd_mutation(
     Args:
         basis: the experts' basis; in the spectral space its ``GainLayout`` is enough, and all
             that is kept.
-        w_max: upper end of the uniform distribution, not negative.
+        w_max: upper end of the uniform distribution, not negative; may be traced.
         space: what a genotype is. The dense mutation is a pytree that carries the basis; hand it
             to jitted functions as an argument.
 

@@ -31,8 +31,10 @@ def add_increment(genotype: Any, increment: Any) -> Any:
     )
 
 
-def gaussian_mutation(sigma: float) -> Mutation:
+def gaussian_mutation(sigma: Any) -> Mutation:
     """Gaussian mutation: adds ``N(0, sigma^2)`` to every entry of any tree, in float32, dtype kept.
+
+    ``sigma`` is a scalar and may be traced.
 
     Raises:
         ValueError: ``sigma`` is negative.

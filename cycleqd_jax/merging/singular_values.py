@@ -21,7 +21,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def singular_value_mutation(
-    model: Any, sigma: float, k: int, space: Space = "spectral", base: Any | None = None
+    model: Any, sigma: Any, k: int, space: Space = "spectral", base: Any | None = None
 ) -> Mutation:
     """Gaussian noise on the k largest singular values of every weight matrix.
 
@@ -39,7 +39,7 @@ def singular_value_mutation(
     Args:
         model: dense: the tree of roles, or the basis or its ``GainLayout``, of which only roles
             are used. Spectral: the basis or its ``GainLayout``.
-        sigma: standard deviation of the noise, not negative.
+        sigma: standard deviation of the noise, not negative; may be traced.
         k: number of singular values that are perturbed, at least 1; of a smaller matrix all are.
         space: what a genotype is.
         base: dense only: the weights that task vectors are added to, carried as arrays.
@@ -87,10 +87,10 @@ def _dense(
     del expert
     keys = roles.treedef.unflatten(split_as(key, len(roles.roles)))
 
-    def change(role: Role, x: jax.Array, w0: Any, leaf_key: jax.Array) -> jax.Array:
+    def change(role: Role, x: Any, w0: Any, leaf_key: jax.Array) -> Any:
         if role == "vector":
             return x
-        tau = x.astype(jnp.float32)
+        tau = jnp.asarray(x, jnp.float32)
         u, s, vt = jnp.linalg.svd(jnp.asarray(w0, jnp.float32) + tau, full_matrices=False)
         u, s, vt = u[..., :k], s[..., :k], vt[..., :k, :]
         noise = sigma * jax.random.normal(leaf_key, s.shape, jnp.float32)

@@ -35,7 +35,7 @@ LARGEST_COSINE = 0.9995
 
 
 def slerp_crossover(
-    model: Any, low: float = 0.0, high: float = 1.0, space: Space = "spectral"
+    model: Any, low: Any = 0.0, high: Any = 1.0, space: Space = "spectral"
 ) -> Crossover:
     """Spherical interpolation of two parents, ``t ~ U[low, high]`` for the whole model.
 
@@ -50,7 +50,7 @@ def slerp_crossover(
         model: dense: the tree of roles, or the basis or its ``GainLayout``, of which only roles
             are used. Spectral: the basis; the sizes of its directions are computed once and carried
             as arrays, one number a gain.
-        low: lower end of the distribution of t.
+        low: lower end of the distribution of t; both ends may be traced.
         high: upper end.
         space: what a genotype is.
 
@@ -84,7 +84,7 @@ def _squared_sizes(basis: SpectralBasis) -> Any:
 def _dense(roles: LeafRoles, low: Any, high: Any, key: jax.Array, a: Any, b: Any) -> Any:
     t = _place(low, high, key)
 
-    def merge(role: Role, x: jax.Array, y: jax.Array) -> jax.Array:
+    def merge(role: Role, x: Any, y: Any) -> jax.Array:
         return _arc(t, x, y, jnp.ones((), jnp.float32), LAYER_AXES[role])
 
     return roles.map(merge, a, b)
@@ -99,10 +99,8 @@ def _place(low: Any, high: Any, key: jax.Array) -> jax.Array:
     return low + (high - low) * jax.random.uniform(key, (), jnp.float32)
 
 
-def _arc(
-    t: jax.Array, x: jax.Array, y: jax.Array, weight: jax.Array, axes: tuple[int, ...]
-) -> jax.Array:
-    a, b = x.astype(jnp.float32), y.astype(jnp.float32)
+def _arc(t: jax.Array, x: Any, y: Any, weight: jax.Array, axes: tuple[int, ...]) -> jax.Array:
+    a, b = jnp.asarray(x, jnp.float32), jnp.asarray(y, jnp.float32)
 
     def inner(p: jax.Array, q: jax.Array) -> jax.Array:
         return jnp.sum(weight * p * q, axis=axes, keepdims=True)

@@ -10,6 +10,7 @@ from cycleqd_jax.merging.spectral import decompose, expand, expert_gains
 ROLES = {"m": "matrix", "s": "vector", "v": "vector"}
 LEAVES = (LeafLayout("matrix", (2,), (3, 0, 5)), LeafLayout("vector", (), (1, 1, 1)))
 LAYOUT = GainLayout(jax.tree.structure({"m": 0, "v": 0}), LEAVES)
+apply = jax.jit(lambda operator, *args: operator(*args))
 
 
 def child_of(shape=(3, 6, 5), seed=0):
@@ -25,7 +26,9 @@ def child_of(shape=(3, 6, 5), seed=0):
 def test_dense_scales_each_layers_own_singular_values(shape):
     """Each direction is scaled by one number out of [0, w_max], by NumPy's SVD in float64."""
     tau = child_of(shape)
-    child = child_svd_mutation(ROLES, 1.5, space="dense")(jax.random.key(1), tau, jnp.int32(0))
+    child = apply(
+        child_svd_mutation(ROLES, 1.5, space="dense"), jax.random.key(1), tau, jnp.int32(0)
+    )
     left, values, right = np.linalg.svd(tau["m"].astype(np.float64), full_matrices=False)
     inner = np.swapaxes(left, -1, -2) @ np.asarray(child["m"], np.float64)
     inner = inner @ np.swapaxes(right, -1, -2)
@@ -51,7 +54,7 @@ def test_zero_and_rank_one_matrices_are_legal():
     tau = child_of()
     tau["m"] = np.zeros_like(tau["m"])
     tau["m"][1] = np.outer(np.arange(6), np.ones(5))
-    child = child_svd_mutation(ROLES, space="dense")(jax.random.key(0), tau, jnp.int32(0))
+    child = apply(child_svd_mutation(ROLES, space="dense"), jax.random.key(0), tau, jnp.int32(0))
     assert not np.asarray(child["m"][0]).any()
     scale = np.asarray(child["m"][1])[1, 0]
     np.testing.assert_allclose(child["m"][1], scale * tau["m"][1], atol=1e-5)
@@ -77,7 +80,9 @@ def test_the_spaces_agree_on_a_child_of_one_expert():
 
 
 def test_a_strength_of_zero_removes_the_task_vector_of_matrices():
-    child = child_svd_mutation(ROLES, 0.0, space="dense")(jax.random.key(0), child_of(), 0)
+    child = apply(
+        child_svd_mutation(ROLES, 0.0, space="dense"), jax.random.key(0), child_of(), jnp.int32(0)
+    )
     assert not np.asarray(child["m"]).any()
 
 

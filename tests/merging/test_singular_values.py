@@ -9,6 +9,7 @@ from cycleqd_jax.merging.singular_values import singular_value_mutation
 ROLES = {"m": "matrix", "v": "vector"}
 LEAVES = (LeafLayout("matrix", (2,), (3, 0, 5)), LeafLayout("vector", (), (1, 1, 1)))
 LAYOUT = GainLayout(jax.tree.structure({"m": 0, "v": 0}), LEAVES)
+apply = jax.jit(lambda operator, *args: operator(*args))
 
 
 def model(seed, scale, shape=(3, 6, 5)):
@@ -28,7 +29,7 @@ def singular_values(base, tau):
 def test_dense_changes_the_k_largest_singular_values_of_the_weights(shape, k):
     base, tau = model(0, 1.0, shape), model(1, 0.1, shape)
     mutate = singular_value_mutation(ROLES, 0.01, k, space="dense", base=base)
-    child = mutate(jax.random.key(0), tau, jnp.int32(0))
+    child = apply(mutate, jax.random.key(0), tau, jnp.int32(0))
     weights = base["m"].astype(np.float64) + tau["m"]
     left, values, right = np.linalg.svd(weights, full_matrices=False)
     change = np.swapaxes(left, -1, -2) @ (np.asarray(child["m"], np.float64) - tau["m"])
@@ -57,7 +58,7 @@ def test_dense_noise_has_the_asked_for_spread():
 def test_dense_singular_values_stop_at_zero():
     base, tau = model(0, 1e-3), model(1, 1e-3)
     mutate = singular_value_mutation(ROLES, 10.0, 5, space="dense", base=base)
-    child = mutate(jax.random.key(0), tau, jnp.int32(0))
+    child = apply(mutate, jax.random.key(0), tau, jnp.int32(0))
     left, _, right = np.linalg.svd(base["m"].astype(np.float64) + tau["m"], full_matrices=False)
     weights = base["m"] + np.asarray(child["m"], np.float64)
     found = np.einsum("lmi,lmn,lin->li", left, weights, right)

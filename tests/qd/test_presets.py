@@ -7,6 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cycleqd_jax.merging.child_svd import child_svd_mutation
+from cycleqd_jax.merging.crossover import linear_crossover
+from cycleqd_jax.merging.expert_svd import expert_svd_mutation
+from cycleqd_jax.merging.mutation import gaussian_mutation, no_mutation
+from cycleqd_jax.merging.singular_values import singular_value_mutation
+from cycleqd_jax.merging.slerp import slerp_crossover
 from cycleqd_jax.merging.spectral import decompose, expert_gains, gain_layout
 from cycleqd_jax.qd.grid import grid_from_experts, make_grid
 from cycleqd_jax.qd.presets import KINDS, PAPER, PRESETS, REFERENCE, Preset
@@ -103,20 +109,43 @@ def test_a_preset_breeds(name, space):
     assert repertoire.grid.bins == 15
 
 
+def same_operator(found, expected):
+    """Operators are pytrees: static functions in the structure, numbers and arrays as leaves."""
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 @pytest.mark.parametrize("space", ["spectral", "dense"])
-@pytest.mark.parametrize("crossover", KINDS["crossover"])
-@pytest.mark.parametrize("mutation", KINDS["mutation"])
-def test_every_crossover_goes_with_every_mutation(crossover, mutation, space):
-    preset: Any = Preset(
-        crossover=crossover, mutation=mutation, mutation_strength=0.1, mutation_rank=2
+def test_every_operator_can_be_chosen(space):
+    """The chosen kind with the preset's numbers is the room's operator with the same numbers."""
+    base = BASE if space == "dense" else None
+    crossovers = {
+        "linear": linear_crossover(0.7, 0.3),
+        "slerp": slerp_crossover(BASIS, 0.2, 0.4, space),
+    }
+    mutations = {
+        "child_svd": child_svd_mutation(BASIS, 0.6, space),
+        "expert_svd": expert_svd_mutation(BASIS, 0.6, space),
+        "singular_values": singular_value_mutation(BASIS, 0.6, 5, space, base),
+        "gaussian": gaussian_mutation(0.6),
+        "none": no_mutation(),
+    }
+    assert set(crossovers) == set(KINDS["crossover"])
+    assert set(mutations) == set(KINDS["mutation"])
+    preset = Preset(
+        crossover_mean=0.7,
+        crossover_std=0.3,
+        slerp_low=0.2,
+        slerp_high=0.4,
+        mutation_strength=0.6,
+        mutation_rank=5,
     )
-    cross, mutate = preset.build_crossover(BASIS, space), preset.build_mutation(BASIS, space, BASE)
-    parents = genotypes_of(space)
-    a, b = (jax.tree.map(lambda x, i=i: x[i], parents) for i in range(2))
-    child = mutate(jax.random.key(1), cross(jax.random.key(0), a, b), jnp.int32(2))
-    assert jax.tree.map(jnp.shape, child) == jax.tree.map(jnp.shape, a)
-    same = [np.array_equal(x, y) for x, y in zip(*map(jax.tree.leaves, (child, a)), strict=True)]
-    assert not any(same)
+    for kind, crossover in crossovers.items():
+        chosen: Any = dataclasses.replace(preset, **{"crossover": kind})
+        same_operator(chosen.build_crossover(BASIS, space), crossover)
+    for kind, mutation in mutations.items():
+        chosen = dataclasses.replace(preset, **{"mutation": kind})
+        same_operator(chosen.build_mutation(BASIS, space, BASE), mutation)
 
 
 def test_the_parts_are_the_rooms_own():
@@ -136,14 +165,13 @@ def test_grids():
     np.testing.assert_array_equal(found.edges, expected.edges)
 
 
-@pytest.mark.parametrize("space", ["spectral", "dense"])
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_single_elite_breeds_with_itself(name, space):
+def test_a_single_elite_breeds_with_itself(name):
     preset = dataclasses.replace(PRESETS[name], mutation="none")
-    _, children, info = emit(preset, space, SCORES[:1])
+    _, children, info = emit(preset, "dense", SCORES[:1])
     assert (np.asarray(info["parents"]) == np.asarray(info["parents"])[0, 0]).all()
     for child, parent in zip(
-        jax.tree.leaves(children), jax.tree.leaves(genotypes_of(space, 1)), strict=True
+        jax.tree.leaves(children), jax.tree.leaves(genotypes_of("dense", 1)), strict=True
     ):
         np.testing.assert_allclose(child, np.repeat(parent, 6, axis=0), rtol=1e-5, atol=1e-6)
 

@@ -205,8 +205,7 @@ def test_the_archives_are_those_of_the_published_loop(space, std, batch, generat
             children, fitnesses, descriptors, repertoire, state, extra, info
         )
         check_archives(repertoire, archives, to_dense)
-    print({e: events.count(e) for e in set(events)}, [len(a) for a in archives])
-    assert {"new", "better", "no"} <= set(events)
+    assert min(events.count(event) for event in ("new", "better", "no")) >= 5
 
 
 def test_the_preset_makes_the_children_that_were_compared():
@@ -225,9 +224,9 @@ def test_the_preset_makes_the_children_that_were_compared():
 @pytest.mark.parametrize(
     "scores",
     [
-        [[0.3, 0.5, 0.2]],
-        [[0.3, 0.5, 0.2], [0.3, 0.2, 0.6], [0.3, 0.7, 0.1]],
-        [[0.1, 0.5, 0.2], [0.3, 0.5, 0.6], [0.6, 0.5, 0.1]],
+        [[0.31, 0.52, 0.21]],
+        [[0.31, 0.52, 0.21], [0.31, 0.23, 0.62], [0.31, 0.74, 0.11]],
+        [[0.12, 0.52, 0.21], [0.31, 0.52, 0.62], [0.62, 0.52, 0.11]],
         np.random.default_rng(3).uniform(-0.1, 1.0, size=(40, 3)).tolist(),
     ],
     ids=["single elite", "equal qualities", "equal behaviour", "many"],
