@@ -170,8 +170,10 @@ def breed_published(archives, turn, parent_slots, slots, draws, std):
     return PUBLISHED.mutate(child, as_float64(EXPERTS[k]), uniforms)
 
 
-@pytest.mark.parametrize("space", ["dense", "spectral"])
-@pytest.mark.parametrize(("std", "batch", "generations"), [(0.01, 4, 9), (0.8, 5, 12)])
+@pytest.mark.parametrize(
+    ("space", "std", "batch", "generations"),
+    [("dense", 0.01, 4, 9), ("dense", 0.8, 5, 12), ("spectral", 0.8, 1, 30)],
+)
 def test_the_archives_are_those_of_the_published_loop(space, std, batch, generations):
     """With the published spread of the merge weights, and with one that fills the archives."""
     preset = dataclasses.replace(REFERENCE, ranges=RANGES, crossover_std=std)
@@ -225,23 +227,26 @@ def test_the_preset_makes_the_children_that_were_compared():
     "scores",
     [
         [[0.31, 0.52, 0.21]],
-        [[0.31, 0.52, 0.21], [0.31, 0.23, 0.62], [0.31, 0.74, 0.11]],
+        [[0.31, 0.52, 0.21], [0.31, 0.23, 0.62], [0.31, 0.75, 0.11]],
         [[0.12, 0.52, 0.21], [0.31, 0.52, 0.62], [0.62, 0.52, 0.11]],
+        [[0.31, 0.52, 0.21], [0.31, 0.52, 0.22], [0.31, 0.52, 0.21], [0.12, 0.52, 0.22]],
         np.random.default_rng(3).uniform(-0.1, 1.0, size=(40, 3)).tolist(),
     ],
-    ids=["single elite", "equal qualities", "equal behaviour", "many"],
+    ids=["single elite", "equal qualities", "equal behaviour", "ties", "many"],
 )
-def test_probabilities_of_unusual_archives(scores):
-    """A single elite, a minimum equal to the maximum, and scores outside the ranges."""
+def test_unusual_archives(scores):
+    """One elite, minimum equal to maximum, ties, scores outside the ranges; none on an edge."""
     preset = dataclasses.replace(REFERENCE, ranges=RANGES)
     rows = np.asarray(scores, np.float32)
     genotypes = {"id": jnp.arange(len(rows), dtype=jnp.int32)}
     repertoire = CyclicRepertoire.init(genotypes, rows, rows, preset.build_grid(rows))
     archives: list[dict[Any, Any]] = [{} for _ in range(TASKS)]
-    for row in rows:
-        PUBLISHED.offer(archives, row.astype(np.float64), {}, RANGES, preset.bins)
+    for i, row in enumerate(rows):
+        PUBLISHED.offer(archives, row.astype(np.float64), i, RANGES, preset.bins)
+    ids = np.asarray(repertoire.genotypes["id"])
     for k, archive in enumerate(archives):
-        assert set(cells_of(repertoire, k)) == set(archive)
+        found = {cell: ids[slot] for cell, slot in cells_of(repertoire, k).items()}
+        assert found == {cell: model for cell, (_, model) in archive.items()}
     check_probabilities(preset, repertoire, archives)
 
 
