@@ -65,7 +65,7 @@ class FamilyConfig:
     heads: int = 4
     problems: int = 6000
     difficulty: int = 1
-    chats: float = 0.04
+    chats: float = 0.01
     replay: float = 0.2
     base: TrainConfig = field(default_factory=lambda: TrainConfig(2000, 32, 3e-3))
     expert: TrainConfig = field(default_factory=lambda: TrainConfig(0, 32, 1e-3))
