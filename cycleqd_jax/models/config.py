@@ -187,7 +187,7 @@ class LlamaConfig:
         eos: int | list[int] | None = list(self.eos_ids) or None
         if len(self.eos_ids) == 1:
             eos = self.eos_ids[0]
-        own: dict[str, Any] = {
+        options: dict[str, dict[str, Any]] = {
             "llama": {"attention_bias": False, "mlp_bias": False},
             "mistral": {"sliding_window": self.sliding_window},
             "qwen2": {
@@ -195,7 +195,7 @@ class LlamaConfig:
                 "sliding_window": None,
                 "max_window_layers": self.num_layers,
             },
-        }[self.architecture]
+        }
         return {
             "architectures": [_CLASSES[self.architecture]],
             "model_type": self.architecture,
@@ -208,7 +208,7 @@ class LlamaConfig:
             "head_dim": self.head_dim,
             "hidden_act": "silu",
             "attention_dropout": 0.0,
-            **own,
+            **options[self.architecture],
             "rms_norm_eps": self.norm_eps,
             "tie_word_embeddings": self.tie_embeddings,
             "max_position_embeddings": self.max_positions,

@@ -211,11 +211,11 @@ def _check_tied_head(checkpoint: Checkpoint, config: LlamaConfig) -> None:
         )
 
 
-def _places(config: LlamaConfig, sharding: Any) -> list[jax.sharding.Sharding]:
-    """One sharding per leaf, each checked to divide its leaf."""
+def _places(config: LlamaConfig, sharding: Any) -> list[jax.sharding.Sharding | None]:
+    """One sharding per leaf, each checked to divide its leaf; None is the default device."""
     table = leaf_table(config)
     if sharding is None:
-        sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        return [None] * len(jax.tree.leaves(table))
     if isinstance(sharding, jax.sharding.Sharding):
         sharding = jax.tree.map(lambda _: sharding, table)
     expected: Any = jax.tree.structure(table)
@@ -240,12 +240,16 @@ def _load_leaf(
     spec: LeafSpec,
     num_layers: int,
     dtype: str | None,
-    place: jax.sharding.Sharding,
+    place: jax.sharding.Sharding | None,
 ) -> jax.Array:
     """One leaf in our orientation, on its devices; host memory holds one device's part of it."""
     entries = [checkpoint.entries[name] for name in spec.hf_names(num_layers)]
     target = entries[0].dtype if dtype is None else np.dtype(jnp.dtype(dtype))
     shape = spec.full_shape(num_layers)
+    if place is None:
+        # Not bound to its device, as any other array that is made without naming one.
+        whole = tuple((0, size) for size in shape)
+        return jax.block_until_ready(jax.device_put(_read_block(entries, spec, whole, target)))
     devices_of: dict[_Block, list[Any]] = {}
     for device, index in place.addressable_devices_indices_map(shape).items():
         sides = zip(index or (slice(None),) * len(shape), shape, strict=True)
@@ -345,7 +349,7 @@ def _write_weights(
     if len(shards) == 1:
         write_safetensors(folder / _WEIGHTS, shards[0], tensors)
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, layout in enumerate(shards, start=1):
         file = f"model-{number:05}-of-{len(shards):05}.safetensors"
         write_safetensors(folder / file, layout, tensors)

@@ -192,7 +192,7 @@ def _truncated(path: Path, expected: int, found: int) -> str:
 
 
 def _read_into(file: Any, piece: np.ndarray, entry: TensorEntry) -> None:
-    view = memoryview(piece.view(np.uint8).reshape(-1))
+    view = piece.view(np.uint8).reshape(-1).data
     done = 0
     while done < len(view):
         count = file.readinto(view[done:])

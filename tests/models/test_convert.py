@@ -336,6 +336,20 @@ def test_tokenizer_files_are_copied_from_another_folder(saved: Path, tmp_path: P
     assert (folder / "tokenizer.json").read_text() == "{}"
 
 
+def test_transformers_reads_the_tokenizer_and_the_generation_config(
+    saved: Path, tmp_path: Path, write_tokenizer: Callable[..., Path]
+) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    write_tokenizer(saved)
+    config, params = load_model(saved)
+    folder = save_model(tmp_path / "new", config, params, like=saved)
+    ours, theirs = (AutoTokenizer.from_pretrained(path) for path in (folder, saved))
+    assert ours.chat_template == theirs.chat_template
+    assert ours("a c b")["input_ids"] == theirs("a c b")["input_ids"] == [2, 4, 3]
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == 2
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
