@@ -8,7 +8,6 @@ change is concentrated and the other's spread out.
 """
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,6 +20,9 @@ import numpy as np
 from cycleqd_jax.merging.low_rank import LowRank, is_low_rank
 from cycleqd_jax.merging.spectral import MatrixFactors, SpectralBasis, gain_layout
 from cycleqd_jax.merging.task_vector import check_same_structure, leaf_paths
+
+# Weights of a block: few enough to be counted exactly in float32.
+_BLOCK = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,48 +126,78 @@ def spectral_similarity(basis: SpectralBasis) -> dict[str, np.ndarray]:
 
 def _compare(role: str, weights: Any, leaves: Sequence[tuple[Any, bool]]) -> LeafComparison:
     lead = weights.shape[: weights.ndim - (2 if role == "matrix" else 1)]
+    *rows, width = weights.shape[len(lead) :]
+    height = rows[0] if rows else 1
+    fits = [n for n in range(1, height + 1) if height % n == 0 and n * width <= _BLOCK]
     # A vector of an expert given by updates is an update too, not a weight.
     updates = tuple(flag for _, flag in leaves)
-    *tables, square = _layers(weights, tuple(leaf for leaf, _ in leaves), updates, len(lead))
+    found = _sums(
+        weights,
+        tuple(leaf for leaf, _ in leaves),
+        updates=updates,
+        layers=math.prod(lead),
+        height=height,
+        block=max(fits, default=1),
+    )
+    dot, signs, both, square = (np.asarray(x, np.float64).sum(axis=1) for x in found)
     shape = (*lead, len(leaves), len(leaves))
-    dot, both, agree = (np.asarray(table, np.float64).reshape(shape) for table in tables)
-    return LeafComparison(dot, both, agree, np.asarray(square, np.float64).reshape(lead))
+    return LeafComparison(
+        dot=dot.reshape(shape),
+        both=both.reshape(shape),
+        agree=((both + signs) / 2).reshape(shape),
+        base_square=square.reshape(lead),
+    )
 
 
-@partial(jax.jit, static_argnames=("updates", "lead"))
-def _layers(weights: Any, leaves: tuple[Any, ...], updates: tuple[bool, ...], lead: int) -> Any:
-    """The sums of every layer, one layer's task vectors in memory at a time."""
-    layers = math.prod(weights.shape[:lead])
-    flat = jax.tree.map(lambda x: jnp.reshape(x, (layers, *x.shape[lead:])), (weights, leaves))
-    return jax.lax.map(lambda layer: _one_layer(layer[0], layer[1], updates), flat)
-
-
-def _sum(values: jax.Array) -> jax.Array:
-    """Sum in two steps: one float32 accumulator over 10^8 weights would lose the small ones."""
-    return jnp.sum(jnp.sum(values, axis=-1, dtype=jnp.float32))
-
-
-def _one_layer(
-    weights: Any, leaves: tuple[Any, ...], updates: tuple[bool, ...]
+@partial(jax.jit, static_argnames=("updates", "layers", "height", "block"))
+def _sums(
+    weights: Any,
+    leaves: tuple[Any, ...],
+    *,
+    updates: tuple[bool, ...],
+    layers: int,
+    height: int,
+    block: int,
 ) -> tuple[jax.Array, ...]:
-    base = weights.astype(jnp.float32)
+    """Sums over every block of rows of every layer: three (layers, blocks, E, E), (layers, blocks).
 
-    def change(leaf: Any, is_update: bool) -> jax.Array:
-        if isinstance(leaf, LowRank):
-            left, right = (side.astype(jnp.float32) for side in (leaf.left, leaf.right))
-            return jnp.matmul(left, right.T, precision=jax.lax.Precision.HIGHEST)
-        return leaf.astype(jnp.float32) - (0.0 if is_update else base)
+    They are the products of the task vectors, of their signs, of the signs' absolute values, and
+    the base's square. One block's task vectors are in memory at a time: those of a whole embedding
+    would take more room than the models.
+    """
 
-    taus = [change(leaf, flag) for leaf, flag in zip(leaves, updates, strict=True)]
-    count = len(taus)
-    dot, both, agree = (np.zeros((count, count), object) for _ in range(3))
-    for i, j in itertools.combinations_with_replacement(range(count), 2):
-        signs = jnp.sign(taus[i]) * jnp.sign(taus[j])
-        dot[i, j] = dot[j, i] = _sum(taus[i] * taus[j])
-        both[i, j] = both[j, i] = _sum((signs != 0).astype(jnp.float32))
-        agree[i, j] = agree[j, i] = _sum((signs > 0).astype(jnp.float32))
-    tables = [jnp.array(table.tolist(), jnp.float32) for table in (dot, both, agree)]
-    return *tables, _sum(base * base)
+    def one_block(parts: tuple[Any, ...], rights: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+        base, *others = (part.astype(jnp.float32) for part in parts)
+        taus = [
+            _matmul(part, right.T) if right is not None else part if is_update else part - base
+            for part, right, is_update in zip(others, rights, updates, strict=True)
+        ]
+        flat = jnp.stack([tau.reshape(-1) for tau in taus])
+        signs = jnp.sign(flat)
+        tables = [_matmul(x, x.T) for x in (flat, signs, jnp.abs(signs))]
+        return *tables, jnp.sum(base * base)
+
+    def one_layer(layer: tuple[Any, tuple[Any, ...]]) -> tuple[jax.Array, ...]:
+        base, own = layer
+        low_rank = [is_low_rank(leaf) for leaf in own]
+        rights = tuple(
+            leaf.right.astype(jnp.float32) if low else None
+            for leaf, low in zip(own, low_rank, strict=True)
+        )
+        tall = [leaf.left if low else leaf for leaf, low in zip(own, low_rank, strict=True)]
+        parts = tuple(x.reshape(height // block, block, x.shape[-1]) for x in (base, *tall))
+        return jax.lax.map(lambda part: one_block(part, rights), parts)
+
+    def by_layer(leaf: Any) -> Any:
+        if is_low_rank(leaf):
+            return LowRank(*(x.reshape(layers, *x.shape[-2:]) for x in (leaf.left, leaf.right)))
+        return jnp.reshape(leaf, (layers, height, leaf.shape[-1]))
+
+    return jax.lax.map(one_layer, (by_layer(weights), tuple(by_layer(leaf) for leaf in leaves)))
+
+
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:

@@ -93,8 +93,7 @@ class _Adapter:
     """The checked headers of an adapter folder."""
 
     def __init__(self, folder: Path, config: LlamaConfig) -> None:
-        self._path = folder / _CONFIG
-        self._options = _read_options(self._path)
+        self._options = _read_options(folder / _CONFIG)
         self._num_layers = config.num_layers
         checkpoint = Checkpoint(folder, _WEIGHTS, None)
         left = dict(checkpoint.entries)
@@ -200,6 +199,9 @@ def _read_options(path: Path) -> dict[str, Any]:
     for key in ("peft_type", "r", "lora_alpha"):
         if options.get(key) is None:
             raise ValueError(f"{path}: expected the key {key!r}, found none")
+    for rank in (options["r"], *(options.get("rank_pattern") or {}).values()):
+        if not isinstance(rank, int) or rank < 1:
+            raise ValueError(f"{path}: expected ranks of at least 1, found {rank!r}")
     return options
 
 

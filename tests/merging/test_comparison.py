@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from cycleqd_jax.merging import comparison
 from cycleqd_jax.merging.comparison import compare_task_vectors, spectral_similarity, total
 from cycleqd_jax.merging.low_rank import LowRank
 from cycleqd_jax.merging.spectral import decompose
@@ -39,7 +40,7 @@ def test_figures_are_those_of_the_full_task_vectors() -> None:
 def test_vectors_of_an_expert_given_by_updates_are_updates() -> None:
     lora = {**LORA, "n": np.ones((2, 4), np.float32)}
     found = compare_task_vectors(BASE, [FULL, lora], ROLES)["n"]
-    np.testing.assert_allclose(found.norm[:, 1], 2)
+    np.testing.assert_allclose(found.norm[:, 1], 2, rtol=1e-6)
     np.testing.assert_allclose(
         found.norm[:, 0], np.linalg.norm(FULL["n"] - BASE["n"], axis=1), rtol=1e-5
     )
@@ -75,3 +76,12 @@ def test_spectra_are_compared_by_shape_alone() -> None:
 def test_another_tree_is_refused() -> None:
     with pytest.raises(ValueError, match="leaf 'n' of roles is missing in expert 1"):
         compare_task_vectors(BASE, [FULL, {"m": BASE["m"]}], ROLES)
+
+
+def test_blocks_of_rows_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = compare_task_vectors(BASE, [FULL, LORA], ROLES)
+    monkeypatch.setattr(comparison, "_BLOCK", 10)  # two rows of the matrix
+    cut = compare_task_vectors(BASE, [FULL, LORA], ROLES)
+    for path, leaf in whole.items():
+        for name in ("dot", "both", "agree", "base_square"):
+            np.testing.assert_allclose(getattr(cut[path], name), getattr(leaf, name), rtol=1e-5)

@@ -143,6 +143,8 @@ def test_layers_may_be_left_out(tmp_path: Path) -> None:
         ({"lora_bias": True}, "lora_bias=True is not implemented"),
         ({"some_new_thing": 1}, "some_new_thing=1 is not implemented"),
         ({"r": None}, "expected the key 'r', found none"),
+        ({"r": 0}, "expected ranks of at least 1, found 0"),
+        ({"rank_pattern": {"q_proj": 1.5}}, r"expected ranks of at least 1, found 1\.5"),
         ({"r": 4}, r"expected shape \(4, 16\) .*rank 4 in adapter_config.json, found \(3, 16\)"),
     ],
 )

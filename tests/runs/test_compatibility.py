@@ -64,16 +64,15 @@ def test_a_basis_mixes_models_and_adapters(mixed: RunConfig, family: Family) -> 
     assert f"{names[0]} and {names[1]}" in text.getvalue()
 
 
-def test_a_run_writes_the_report(finished: Path, config: RunConfig) -> None:
-    report = read_json(finished / "compatibility.json")
-    assert list(report["experts"]) == list(config.experts)
+def test_a_run_with_an_adapter_goes_through_and_writes_the_report(
+    mixed: RunConfig, tmp_path: Path
+) -> None:
+    result = evolve(replace(mixed, generations=1), tmp_path / "run")
+    assert set(result["models"]) > {f"expert/{name}" for name in mixed.experts}
+    report = read_json(tmp_path / "run" / "compatibility.json")
+    assert list(report["experts"]) == list(mixed.experts)
     for row in report["pairs"]:
         assert -1 <= row["cosine"] <= 1
         assert 0 <= row["sign_agreement"] <= 1
         assert 0 <= row["spectral_similarity"] <= 1 + 1e-6
     assert report["notes"] == []
-
-
-def test_a_run_with_an_adapter_goes_through(mixed: RunConfig, tmp_path: Path) -> None:
-    result = evolve(replace(mixed, generations=1), tmp_path / "run")
-    assert set(result["models"]) > {f"expert/{name}" for name in mixed.experts}
