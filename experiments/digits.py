@@ -21,7 +21,7 @@ from rich.console import Console
 from sklearn.datasets import load_digits
 
 from cycleqd_jax.merging.crossover import linear_crossover
-from cycleqd_jax.merging.mutation import expert_svd_mutation
+from cycleqd_jax.merging.expert_svd import expert_svd_mutation
 from cycleqd_jax.merging.spectral import (
     decompose,
     expert_gains,
