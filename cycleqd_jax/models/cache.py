@@ -32,8 +32,9 @@ _MASKED = float(jnp.finfo(jnp.float32).min) / 2
 
 
 class KVCache(flax.struct.PyTreeNode):
-    """Keys and values of every layer, each (batch, kv_heads, slots, d).
+    """`keys` (batch, kv_heads, d, slots) and `values` (batch, kv_heads, slots, d) of every layer.
 
+    The two orientations are those in which both products of a decoding step read straight rows.
     `positions` (batch, slots) int32 is the position in its text of the token in each slot, `EMPTY`
     where there is none.
     """
@@ -82,12 +83,11 @@ def prefill(
     keys, values = [], []
     for layer, weights in enumerate(params.layers):
         q, k, v = attention_inputs(x, weights, config, rope, rows)
-        keys.append(k.transpose(0, 2, 1, 3))
-        values.append(v.transpose(0, 2, 1, 3))
         if prefix is not None:
-            keys[-1] = jnp.concatenate([prefix.keys[layer], keys[-1]], axis=2)
-            values[-1] = jnp.concatenate([prefix.values[layer], values[-1]], axis=2)
-            k, v = keys[-1].transpose(0, 2, 1, 3), values[-1].transpose(0, 2, 1, 3)
+            k = jnp.concatenate([prefix.keys[layer].transpose(0, 3, 1, 2), k], axis=1)
+            v = jnp.concatenate([prefix.values[layer].transpose(0, 2, 1, 3), v], axis=1)
+        keys.append(k.transpose(0, 2, 3, 1))
+        values.append(v.transpose(0, 2, 1, 3))
         mixed = attend(q, k, v, mask)
         if layer == len(params.layers) - 1:
             # Only the last token's output is wanted: the top layer's MLP and the head run on it.
@@ -122,8 +122,8 @@ def decode_step(
     keys, values = [], []
     for layer, weights in enumerate(params.layers):
         q, k, v = attention_inputs(x, weights, config, rope, rows)
-        k, v = k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3)
-        keys.append(lax.dynamic_update_slice(cache.keys[layer], k, (0, 0, slot, 0)))
+        k, v = k.transpose(0, 2, 3, 1), v.transpose(0, 2, 1, 3)
+        keys.append(lax.dynamic_update_slice(cache.keys[layer], k, (0, 0, 0, slot)))
         values.append(lax.dynamic_update_slice(cache.values[layer], v, (0, 0, slot, 0)))
         mixed = _attend_cache(q[:, 0], keys[-1], values[-1], bias)
         x = layer_output(x, mixed[:, None], weights, config, rows)
@@ -133,21 +133,17 @@ def decode_step(
 
 def reshape_cache(cache: KVCache, keep: Int[Array, " kept"], slots: int) -> KVCache:
     """The cache of the rows `keep`, with `slots` slots: empty ones are added, or the last cut."""
-    room = slots - cache.slots
+    room = max(slots - cache.slots, 0)
 
-    def pick(leaf: Array) -> Array:
-        kept = leaf[keep]
-        if room <= 0:
-            return kept[:, :, :slots]
-        return jnp.pad(kept, ((0, 0), (0, 0), (0, room), (0, 0)))
+    def pick(leaf: Array, axis: int, empty: int = 0) -> Array:
+        kept = lax.slice_in_dim(leaf[keep], 0, min(slots, cache.slots), axis=axis)
+        widths = [(0, room if i == axis else 0) for i in range(leaf.ndim)]
+        return jnp.pad(kept, widths, constant_values=empty)
 
-    positions = jnp.pad(
-        cache.positions[keep][:, :slots], ((0, 0), (0, max(room, 0))), constant_values=EMPTY
-    )
     return KVCache(
-        keys=tuple(pick(leaf) for leaf in cache.keys),
-        values=tuple(pick(leaf) for leaf in cache.values),
-        positions=positions,
+        keys=tuple(pick(leaf, 3) for leaf in cache.keys),
+        values=tuple(pick(leaf, 2) for leaf in cache.values),
+        positions=pick(cache.positions, 1, EMPTY),
     )
 
 
@@ -158,22 +154,23 @@ def insert_rows(cache: KVCache, block: KVCache, places: Int[Array, " entering"])
     """
     width = block.slots
 
-    def put(leaf: Array, new: Array) -> Array:
-        return leaf.at[places, :, :width].set(new, mode="drop")
-
-    positions = jnp.pad(
-        block.positions, ((0, 0), (0, cache.slots - width)), constant_values=EMPTY
-    )
+    positions = jnp.pad(block.positions, ((0, 0), (0, cache.slots - width)), constant_values=EMPTY)
     return KVCache(
-        keys=tuple(map(put, cache.keys, block.keys)),
-        values=tuple(map(put, cache.values, block.values)),
+        keys=tuple(
+            leaf.at[places, :, :, :width].set(new, mode="drop")
+            for leaf, new in zip(cache.keys, block.keys, strict=True)
+        ),
+        values=tuple(
+            leaf.at[places, :, :width].set(new, mode="drop")
+            for leaf, new in zip(cache.values, block.values, strict=True)
+        ),
         positions=cache.positions.at[places].set(positions, mode="drop"),
     )
 
 
 def _attend_cache(
     q: Float[Array, "batch heads d"],
-    keys: Float[Array, "batch kv_heads slots d"],
+    keys: Float[Array, "batch kv_heads d slots"],
     values: Float[Array, "batch kv_heads slots d"],
     bias: Float[Array, "batch slots"],
 ) -> Float[Array, "batch heads_d"]:
@@ -185,7 +182,7 @@ def _attend_cache(
     batch, heads, d = q.shape
     kv_heads = keys.shape[1]
     grouped = q.reshape(batch, kv_heads, heads // kv_heads, d)
-    scores = jnp.einsum("bkgd,bksd->bkgs", grouped, keys, preferred_element_type=jnp.float32)
+    scores = jnp.einsum("bkgd,bkds->bkgs", grouped, keys, preferred_element_type=jnp.float32)
     scores = scores * (d**-0.5) + bias[:, None, None]
     weights = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     total = weights.sum(axis=-1, keepdims=True)

@@ -201,7 +201,9 @@ def num_candidates(params: Any) -> int | None:
 
 def is_stacked(params: Any) -> bool:
     """Whether the weights are `StackedKernel`s, so that batches must consist of equal blocks."""
-    return any(isinstance(node, StackedKernel) for node in jax.tree.leaves(params, is_leaf=is_kernel))
+    return any(
+        isinstance(node, StackedKernel) for node in jax.tree.leaves(params, is_leaf=is_kernel)
+    )
 
 
 def spectral_share(params: Any) -> float:
@@ -243,7 +245,7 @@ _product.defvjp(_product_forward, _product_backward)
 
 
 def _stacked_product(x: Array, values: Array, rows: Array | None) -> Array:
-    """x (batch, time, in) times each row's matrix out of (C, in, out)."""
+    """X (batch, time, in) times each row's matrix out of (C, in, out)."""
     if rows is not None:
         return x @ values[rows]
     count = values.shape[0]

@@ -136,7 +136,7 @@ def _ordered(values: Array) -> Array:
     """Floats as unsigned integers in the same order."""
     bits = lax.bitcast_convert_type(values.astype(jnp.float32), jnp.uint32)
     sign = jnp.uint32(1 << 31)
-    return jnp.where(bits & sign, ~bits, bits | sign)
+    return jnp.where((bits & sign) != 0, ~bits, bits | sign)
 
 
 def _first_maximum(values: Array) -> Array:
