@@ -25,7 +25,7 @@ from cycleqd_jax.models.specs import LlamaParams
 STEPS = 8
 """Decoding steps of a chunk: the host looks at the texts this often."""
 
-_PREFILL_TOKENS = 1024
+PREFILL_TOKENS = 1024
 
 
 class Rows(flax.struct.PyTreeNode):
@@ -195,8 +195,8 @@ class Programs:
 
 
 def _pieces(rows: int, width: int) -> int:
-    """Into how many equal parts a prefill is cut, so that each has about `_PREFILL_TOKENS`."""
+    """Into how many equal parts a prefill is cut, so that each has about `PREFILL_TOKENS`."""
     pieces = 1
-    while rows % (2 * pieces) == 0 and rows // pieces * width > _PREFILL_TOKENS:
+    while rows % (2 * pieces) == 0 and rows // pieces * width > PREFILL_TOKENS:
         pieces *= 2
     return pieces
