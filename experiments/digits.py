@@ -44,7 +44,8 @@ ROLES = {"w1": "matrix", "b1": "vector", "w2": "matrix", "b2": "vector"}
 GENERATIONS, CHILDREN, BINS = 300, 64, 12
 
 Params = dict[str, Any]
-Images, Labels = Float[Array, "images pixels"], Int[Array, " images"]
+Images = Float[Array, "images pixels"]
+Labels = Int[Array, " images"]
 
 
 def init(key: jax.Array, hidden: int = 64) -> Params:
