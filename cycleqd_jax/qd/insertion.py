@@ -2,7 +2,8 @@
 
 1. A row with any score that is not finite never enters and never blocks a rival.
 2. In every archive the best row of the batch competes for its cell; on a tie the first row.
-3. It enters if the cell is empty or its quality is strictly better than the incumbent's.
+3. It enters if the cell is empty or its quality is strictly better than the incumbent's. Rows can
+be kept out of single archives beforehand; they block no rival there either.
 4. A row that enters at least one archive takes one slot of the pool; slots no cell points at are
 free.
 """
@@ -67,6 +68,7 @@ def decide(
     scores: Float[Array, "capacity tasks"],
     cells: Int[Array, "tasks cells"],
     batch_scores: Float[Array, "batch tasks"],
+    eligible: Bool[Array, "tasks batch"] | None = None,
 ) -> Decision:
     """Apply rules 1 to 3 in all archives.
 
@@ -75,14 +77,17 @@ def decide(
         scores: scores of the pool.
         cells: pool index of each archive's cells, -1 = empty.
         batch_scores: scores of the rows that are offered.
+        eligible: which rows may enter which archive; None: every row every archive.
     """
     tasks = jnp.arange(grid.num_tasks, dtype=jnp.int32)
     batch = batch_scores.shape[0]
     valid = jnp.isfinite(batch_scores).all(axis=1)
+    allowed = jnp.broadcast_to(valid, (grid.num_tasks, batch))
+    allowed = allowed if eligible is None else allowed & eligible
     qualities = scores.T[tasks[:, None], jnp.maximum(cells, 0)]
     incumbents = jnp.where(cells == EMPTY, -jnp.inf, qualities)
-    entrant = jax.vmap(_entrants, in_axes=(None, None, None, 0, 0))(
-        grid, batch_scores, valid, incumbents, tasks
+    entrant = jax.vmap(_entrants, in_axes=(None, None, 0, 0, 0))(
+        grid, batch_scores, allowed, incumbents, tasks
     )
     accepted = occupied_slots(entrant, batch)
     used = occupied_slots(jnp.where(entrant == EMPTY, cells, EMPTY), scores.shape[0])

@@ -130,8 +130,11 @@ class CyclicRepertoire(Repertoire):
         check_same_tree(_one(self.extra_scores), _one(kept), "the pool's extra scores", "the batch")
         if batch == 0:
             return self
-        decision = decide(self.grid, self.scores, self.cells, scores)
+        decision = self._decide(scores, kept)
         return _write(self, decision, genotypes, scores, kept, self._capacity_for(decision))
+
+    def _decide(self, scores: jax.Array, extra_scores: Mapping[str, Any]) -> Decision:
+        return decide(self.grid, self.scores, self.cells, scores)
 
     def _capacity_for(self, decision: Decision) -> int:
         worst = self.cells.size
