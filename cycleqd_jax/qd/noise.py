@@ -25,9 +25,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from cycleqd_jax.qd.evidence import Belief, Evidence, NoiseModel, probability_better
-from cycleqd_jax.qd.grid import Grid, cell_of
 from cycleqd_jax.qd.insertion import EMPTY, Decision, decide, occupied_slots
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
+from cycleqd_jax.qd.tessellation import Tessellation
 
 EVIDENCE = "evidence"
 """The extra score under which the repertoire keeps the evidence of its elites."""
@@ -72,7 +72,7 @@ class NoisyRepertoire(CyclicRepertoire):
             genotypes: as for `CyclicRepertoire.init`.
             fitnesses: (B, K) scores; ``evidence.scores`` if evidence is given.
             descriptors: (B, K) the same scores.
-            centroids: the grid.
+            centroids: the cells, a ``Grid`` or a ``CVT``.
             extra_scores: name -> tree with leaves (B, ...); under "evidence" an `Evidence` of B
                 rows. Without it every row counts as one evaluation.
             noise: the noise model, see `cycleqd_jax.qd.evidence`.
@@ -114,7 +114,7 @@ class NoisyRepertoire(CyclicRepertoire):
         fitnesses: Any,
         extra_scores: Mapping[str, Any] | None = None,
     ) -> "NoisyRepertoire":
-        """Offer a batch to all archives; see `CyclicRepertoire.add`.
+        """Offer a batch to all archives; see `PooledRepertoire.add`.
 
         Args:
             genotypes: tree with leaves (B, ...).
@@ -129,9 +129,13 @@ class NoisyRepertoire(CyclicRepertoire):
         extra = _with_evidence(extra_scores, fitnesses)
         return super().add(genotypes, descriptors, fitnesses, extra)
 
+    def decide(self, batch_scores: Float[Array, "batch tasks"]) -> Decision:
+        """Which rows, evaluated once each, would enter which cells; changes nothing."""
+        return self._decide(batch_scores, _with_evidence(None, batch_scores))
+
     def _decide(self, scores: jax.Array, extra_scores: Mapping[str, Any]) -> Decision:
         return _decide_by_test(
-            self.grid,
+            self.tessellation,
             self.scores,
             self.cells,
             self.evidence,
@@ -163,7 +167,7 @@ class NoisyRepertoire(CyclicRepertoire):
             raise ValueError(f"limit: expected at least 1 incumbent, found {limit}")
         _check_tasks(evidence, self.num_archives)
         return _challenged(
-            self.grid,
+            self.tessellation,
             self.cells,
             self.evidence,
             evidence,
@@ -201,7 +205,7 @@ class NoisyRepertoire(CyclicRepertoire):
             _check_indices(np.asarray(indices), np.asarray(self.occupied))
         # Only tables go in: copying the pool of genotypes would cost more than all the rest.
         merged, scores, cells = _reassess(
-            self.grid,
+            self.tessellation,
             self.cells,
             self.evidence,
             indices,
@@ -215,7 +219,7 @@ class NoisyRepertoire(CyclicRepertoire):
 
 
 def _contest(
-    grid: Grid,
+    tessellation: Tessellation,
     cells: Int[Array, "tasks cells"],
     pool: Belief,
     scores: Float[Array, "batch tasks"],
@@ -224,17 +228,17 @@ def _contest(
     """Who holds each row's cell in each archive, and how likely the row is better; 1 if nobody."""
 
     def one(k: jax.Array, table: jax.Array) -> tuple[jax.Array, jax.Array]:
-        holder = table[cell_of(grid, scores, k)]
+        holder = table[tessellation.cell_of(scores, k)]
         row = Belief(*(jnp.take(x, k, axis=1) for x in batch))
         rival = Belief(*(jnp.take(x, k, axis=1)[jnp.maximum(holder, 0)] for x in pool))
         return holder, jnp.where(holder == EMPTY, 1.0, probability_better(row, rival))
 
-    return jax.vmap(one)(jnp.arange(grid.num_tasks, dtype=jnp.int32), cells)
+    return jax.vmap(one)(jnp.arange(tessellation.num_tasks, dtype=jnp.int32), cells)
 
 
 @jax.jit
 def _decide_by_test(
-    grid: Grid,
+    tessellation: Tessellation,
     pool_scores: Float[Array, "capacity tasks"],
     cells: Int[Array, "tasks cells"],
     pool: Evidence,
@@ -243,13 +247,13 @@ def _decide_by_test(
     noise: NoiseModel,
     confidence: Float[Array, ""],
 ) -> Decision:
-    _, better = _contest(grid, cells, noise(pool), scores, noise(batch))
-    return decide(grid, pool_scores, cells, scores, better >= confidence)
+    _, better = _contest(tessellation, cells, noise(pool), scores, noise(batch))
+    return decide(tessellation, pool_scores, cells, scores, better >= confidence)
 
 
 @partial(jax.jit, static_argnames="limit")
 def _challenged(
-    grid: Grid,
+    tessellation: Tessellation,
     cells: Int[Array, "tasks cells"],
     pool: Evidence,
     batch: Evidence,
@@ -259,7 +263,7 @@ def _challenged(
     limit: int,
 ) -> Int[Array, " limit"]:
     capacity = pool.count.shape[0]
-    holder, better = _contest(grid, cells, noise(pool), batch.scores, noise(batch))
+    holder, better = _contest(tessellation, cells, noise(pool), batch.scores, noise(batch))
     calls = (holder != EMPTY) & (better >= 1 - confidence) & (batch.count > 0)
     target = jnp.where(calls, holder, capacity)
     doubt = jnp.zeros(capacity, jnp.float32).at[target].max(better, mode="drop")
@@ -270,7 +274,7 @@ def _challenged(
 
 @jax.jit
 def _reassess(
-    grid: Grid,
+    tessellation: Tessellation,
     cells: Int[Array, "tasks cells"],
     pool: Evidence,
     indices: Int[Array, " again"],
@@ -287,14 +291,14 @@ def _reassess(
     scores = jnp.where(occupied[:, None], evidence.scores, -jnp.inf)
     belief = noise(evidence)
 
-    tasks = jnp.arange(grid.num_tasks, dtype=jnp.int32)
-    own_cell = jax.vmap(lambda k: cell_of(grid, scores, k))(tasks)
+    tasks = jnp.arange(tessellation.num_tasks, dtype=jnp.int32)
+    own_cell = jax.vmap(lambda k: tessellation.cell_of(scores, k))(tasks)
     here = jnp.arange(cells.shape[1], dtype=jnp.int32)
     at_home = jnp.take_along_axis(own_cell, jnp.maximum(cells, 0), axis=1) == here
     staying = jnp.where(at_home, cells, EMPTY)
 
-    _, better = _contest(grid, staying, belief, scores, belief)
-    entrant = decide(grid, scores, staying, scores, better >= confidence).entrant
+    _, better = _contest(tessellation, staying, belief, scores, belief)
+    entrant = decide(tessellation, scores, staying, scores, better >= confidence).entrant
     filed = jnp.where(entrant != EMPTY, entrant, staying)
     kept = occupied_slots(filed, capacity)
     return evidence, jnp.where(kept[:, None], scores, -jnp.inf), filed

@@ -8,11 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.stats
+import scipy.stats  # type: ignore[import-untyped]
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cycleqd_jax.qd import noise as module
+from cycleqd_jax.qd.cvt import make_cvt
 from cycleqd_jax.qd.evidence import Evidence, binomial_noise, sample_noise
 from cycleqd_jax.qd.grid import make_grid
 from cycleqd_jax.qd.noise import NoisyRepertoire
@@ -30,11 +31,13 @@ def ids(numbers):
     return {"id": jnp.asarray(numbers, jnp.int32)}
 
 
-def start(rows, *, noise=NOISE, confidence=0.8, kind=NoisyRepertoire, **options):
+def start(rows, tessellation=GRID, *, noise=NOISE, confidence=0.8, kind=NoisyRepertoire, **options):
     scores = jnp.asarray(rows, jnp.float32)
     if kind is NoisyRepertoire:
         options |= {"noise": noise, "confidence": confidence}
-    return kind.init(ids(range(len(rows))), scores, scores, GRID, capacity=CAPACITY, **options)
+    return kind.init(
+        ids(range(len(rows))), scores, scores, tessellation, capacity=CAPACITY, **options
+    )
 
 
 def offer(repertoire, numbers, samples):
@@ -142,11 +145,14 @@ def test_any_history_gives_the_slow_models_archives(seed, generations):
         assert np.isneginf(np.asarray(repertoire.scores)[~occupied]).all()
 
 
-def test_without_variance_the_archives_are_the_plain_ones():
+@pytest.mark.parametrize("cells", ["grid", "cvt"])
+def test_without_variance_the_archives_are_the_plain_ones(cells):
     rng = np.random.default_rng(0)
     first = [(0.5, 0.5), (2.5, 0.1)]
-    noisy = start(first, noise=sample_noise(0.0), confidence=0.99)
-    plain = start(first, kind=CyclicRepertoire)
+    cvt = make_cvt([0.0, 0.0], [3.0, 3.0], BINS, jax.random.key(0), num_samples=100)
+    tessellation = GRID if cells == "grid" else cvt
+    noisy = start(first, tessellation, noise=sample_noise(0.0), confidence=0.99)
+    plain = start(first, tessellation, kind=CyclicRepertoire)
     for t in range(25):
         rows = np.where(rng.random((BATCH, TASKS)) < 0.5, rng.choice(VALUES, (BATCH, TASKS)), 0)
         rows = (rows + rng.random((BATCH, TASKS))).astype(np.float32)
