@@ -2,7 +2,8 @@
 
 1. A row with any score that is not finite never enters and never blocks a rival.
 2. In every archive the best row of the batch competes for its cell; on a tie the first row.
-3. It enters if the cell is empty or its quality is strictly better than the incumbent's.
+3. It enters if the cell is empty or its quality is strictly better than the incumbent's. Rows can
+be kept out of single archives beforehand; they block no rival there either.
 4. A row that enters at least one archive takes one slot of the pool; slots no cell points at are
 free.
 """
@@ -75,6 +76,7 @@ def decide(
     scores: Float[Array, "capacity tasks"],
     cells: Int[Array, "tasks cells"],
     batch_scores: Float[Array, "batch tasks"],
+    eligible: Bool[Array, "tasks batch"] | None = None,
 ) -> Decision:
     """Apply rules 1 to 3 in all archives.
 
@@ -83,11 +85,14 @@ def decide(
         scores: scores of the pool.
         cells: pool index of each archive's cells, -1 = empty.
         batch_scores: scores of the rows that are offered.
+        eligible: which rows may enter which archive; None: every row every archive.
     """
     tasks = jnp.arange(tessellation.num_tasks, dtype=jnp.int32)
     valid = jnp.isfinite(batch_scores).all(axis=1)
-    challenger, best = jax.vmap(_challengers, in_axes=(None, None, None, 0))(
-        tessellation, batch_scores, valid, tasks
+    allowed = jnp.broadcast_to(valid, (tessellation.num_tasks, batch_scores.shape[0]))
+    allowed = allowed if eligible is None else allowed & eligible
+    challenger, best = jax.vmap(_challengers, in_axes=(None, None, 0, 0))(
+        tessellation, batch_scores, allowed, tasks
     )
     better = best > incumbent_quality(scores, cells)
     entrant = jnp.where(better, challenger, EMPTY)

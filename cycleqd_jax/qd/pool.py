@@ -139,8 +139,12 @@ class PooledRepertoire(Repertoire):
         check_same_tree(_one(self.extra_scores), _one(kept), "the pool's extra scores", "the batch")
         if batch == 0:
             return self
-        decision = self.decide(scores)
+        decision = self._decide(scores, kept)
         return _write(self, decision, genotypes, scores, kept, self._capacity_for(decision))
+
+    def _decide(self, scores: jax.Array, extra_scores: Mapping[str, Any]) -> Decision:
+        """`decide`, for a rule that looks at the extra scores that are kept too."""
+        return self.decide(scores)
 
     def _capacity_for(self, decision: Decision) -> int:
         worst = self.cells.size
