@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -196,10 +198,11 @@ def test_failed_evaluations_rank_last_and_leave_no_trace():
         assert np.isfinite(np.asarray(leaf)).all()
 
 
-def test_population_grows_with_the_map():
-    assert start(ControlSettings()).candidates.shape == (K, 8, SIZE)
-    state = begin(ControlSettings(), 15, jax.random.key(0), jnp.zeros((1, K)), EMPTY_CELLS)
-    assert state.candidates.shape == (K, 12, 15)
+@pytest.mark.parametrize(("size", "population"), [(4, 8), (15, 12), (57, 16)])
+def test_population_grows_with_the_map(size, population):
+    args = jax.random.key(0), jnp.zeros((1, K)), EMPTY_CELLS
+    state = jax.eval_shape(partial(begin, ControlSettings(), size), *args)
+    assert state.candidates.shape == (K, population, size)
 
 
 @pytest.mark.parametrize(

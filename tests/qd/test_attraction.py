@@ -202,22 +202,29 @@ def score(genotypes, key):
     return scores, scores, {"solved": solved}
 
 
-def test_in_map_elites_eager_and_scanned():
+def test_in_map_elites_asked_and_scanned():
     selector = AttractionSelector(EliteSelector(), Resources("solved"))
     emitter = CycleQDEmitter(selector, linear_crossover(), gaussian_mutation(0.2), 16, 2)
     init = partial(CyclicRepertoire.init, keys_extra_scores=("solved",))
     algorithm = MAPElites(score, emitter, qd_metrics, init)
     genotypes = {"x": jax.random.normal(jax.random.key(0), (12, 16)) - 0.5}
-    repertoire, state, start = algorithm.init(
-        genotypes, make_grid([0.0] * 2, [1.0] * 2, 5), jax.random.key(1)
-    )
-    children, info = algorithm.ask(repertoire, state, jax.random.key(2))
-    fitnesses, descriptors, extra = score(children, None)
-    algorithm.tell(children, fitnesses, descriptors, repertoire, state, extra, info)
-    _, history = jax.lax.scan(
-        algorithm.scan_update, (repertoire, state, jax.random.key(3)), None, length=20
-    )
-    assert (history["qd_score"][-1] > start["qd_score"]).all()
+    grid = make_grid([0.0] * 2, [1.0] * 2, 5)
+
+    @jax.jit
+    def run():
+        repertoire, state, start = algorithm.init(genotypes, grid, jax.random.key(1))
+        children, info = algorithm.ask(repertoire, state, jax.random.key(2))
+        scores, _, extra = score(children, None)
+        repertoire, state, asked = algorithm.tell(
+            children, scores, scores, repertoire, state, extra, info
+        )
+        carry = repertoire, state, jax.random.key(3)
+        _, history = jax.lax.scan(algorithm.scan_update, carry, None, length=20)
+        return [m["qd_score"].sum(-1) for m in (start, asked, history)]
+
+    start, asked, scanned = run()
+    assert start <= asked <= scanned[0]
+    assert scanned[-1] > 1.2 * start
 
 
 def test_index_views_carry_the_extra_scores_that_are_kept():
