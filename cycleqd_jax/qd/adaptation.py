@@ -31,9 +31,9 @@ from jaxtyping import Array, Bool, Float, Int
 from qdax.baselines.cmaes import CMAES
 
 from cycleqd_jax.qd.emitter import CycleQDState
-from cycleqd_jax.qd.grid import Grid, cell_of
 from cycleqd_jax.qd.insertion import EMPTY
 from cycleqd_jax.qd.schedule import Schedule
+from cycleqd_jax.qd.tessellation import Tessellation
 
 SMALLEST_STEP, LARGEST_STEP = 1e-3, 6.0
 """Range of a useful step: sigmoid(6) is the upper end of a range but for a quarter of a percent."""
@@ -181,13 +181,13 @@ def _incumbents(
     return jnp.where(cells == EMPTY, -jnp.inf, scores[jnp.maximum(cells, 0), tasks])
 
 
-def _cells(grid: Grid, scores: Float[Array, "batch tasks"]) -> Int[Array, "tasks batch"]:
-    tasks = jnp.arange(grid.num_tasks, dtype=jnp.int32)
-    return jax.vmap(cell_of, in_axes=(None, None, 0))(grid, scores, tasks)
+def _cells(tessellation: Tessellation, scores: Float[Array, "batch tasks"]) -> Int[Array, "tasks batch"]:
+    tasks = jnp.arange(tessellation.num_tasks, dtype=jnp.int32)
+    return jax.vmap(tessellation.cell_of, in_axes=(None, 0))(scores, tasks)
 
 
 def improvements(
-    grid: Grid,
+    tessellation: Tessellation,
     incumbents: Float[Array, "tasks cells"],
     scores: Float[Array, "batch tasks"],
     new_cell: float = 1.0,
@@ -195,7 +195,7 @@ def improvements(
     """What children bring to all archives as they were before, and how far they fall short.
 
     Args:
-        grid: the cells.
+        tessellation: the cells.
         incumbents: (K, C) quality in every cell, -inf in empty ones.
         scores: (B, K) the children's.
         new_cell: what a new cell earns, in shares of the task's range.
@@ -205,10 +205,11 @@ def improvements(
     """
     valid = jnp.isfinite(scores).all(axis=1)
     quality = jnp.where(valid[:, None], scores, 0.0)
-    span = jnp.where(grid.upper > grid.lower, grid.upper - grid.lower, 1.0)
-    rival = jnp.take_along_axis(incumbents, _cells(grid, quality), axis=1).T
+    lower, upper = tessellation.lower, tessellation.upper
+    span = jnp.where(upper > lower, upper - lower, 1.0)
+    rival = jnp.take_along_axis(incumbents, _cells(tessellation, quality), axis=1).T
     empty = rival == -jnp.inf
-    ahead = (quality - jnp.where(empty, grid.lower, rival)) / span
+    ahead = (quality - jnp.where(empty, lower, rival)) / span
     earned = jnp.sum(jnp.maximum(ahead, 0.0) + jnp.where(empty, new_cell, 0.0), axis=1)
     short = jnp.sum(jnp.where(empty, 0.0, jnp.clip(ahead, -1.0, 0.0)), axis=1)
     return jnp.where(valid, earned, 0.0), jnp.where(valid, short, -float(scores.shape[1]))
@@ -217,7 +218,7 @@ def improvements(
 @partial(jax.jit, static_argnames=("schedule", "settings"))
 def learn(
     state: ControlState,
-    grid: Grid,
+    tessellation: Tessellation,
     pool_scores: Float[Array, "capacity tasks"],
     cells: Int[Array, "tasks cells"],
     scores: Float[Array, "batch tasks"],
@@ -229,7 +230,7 @@ def learn(
 
     Args:
         state: before the batch.
-        grid: the cells.
+        tessellation: the cells.
         pool_scores: scores of the pool, after the batch was offered.
         cells: pool index of each archive's cells, after the batch was offered.
         scores: (B, K) of the children, in the order they were bred.
@@ -239,7 +240,7 @@ def learn(
     archives, population, _ = state.candidates.shape
     archive = schedule(state.generation, scores.shape[0], archives)
     where = archive, turns(state.children, archive)
-    earned, short = improvements(grid, state.incumbents, scores, settings.new_cell)
+    earned, short = improvements(tessellation, state.incumbents, scores, settings.new_cell)
     children = state.children.at[where].add(1)
     total_earned = state.earned.at[where].add(earned)
     total_short = state.shortfall.at[where].add(short)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from cycleqd_jax.qd.insertion import EMPTY
-from cycleqd_jax.qd.repertoire import CyclicRepertoire
+from cycleqd_jax.qd.pool import PooledRepertoire
 
 
-def best_elites(repertoire: CyclicRepertoire) -> Int[Array, " tasks"]:
+def best_elites(repertoire: PooledRepertoire) -> Int[Array, " tasks"]:
     """Pool index of the best elite of every archive, -1 for an empty archive.
 
     On a tie of quality the one with the higher mean score, then the one in the first cell.

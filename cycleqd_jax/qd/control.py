@@ -26,19 +26,19 @@ from qdax.core.emitters.repertoire_selectors.selector import Selector
 
 from cycleqd_jax.qd.adaptation import ControlSettings, ControlState, begin, learn, turns
 from cycleqd_jax.qd.emitter import CycleQDEmitter, Offspring
-from cycleqd_jax.qd.grid import Grid, cell_of, centroids
 from cycleqd_jax.qd.parametric import Parameter, Parametric, squash
 from cycleqd_jax.qd.schedule import Schedule, cycle_per_generation
 from cycleqd_jax.qd.selection import draw_parents
+from cycleqd_jax.qd.tessellation import Tessellation, bounds
 
 
 def parent_features(
-    grid: Grid, scores: Float[Array, "batch parents tasks"], archive: Int[Array, " batch"]
+    tessellation: Tessellation, scores: Float[Array, "batch parents tasks"], archive: Int[Array, " batch"]
 ) -> Float[Array, "batch features"]:
     """Inputs ``x`` of the map: the parents' cells in [0, 1] and a constant 1.
 
     Args:
-        grid: the cells.
+        tessellation: the cells.
         scores: (B, 2, K) scores of both parents.
         archive: (B,) archive each child is bred in.
 
@@ -48,12 +48,12 @@ def parent_features(
     batch, parents, tasks = scores.shape
 
     def centres(k: jax.Array) -> jax.Array:
-        lower, upper = grid.bounds(k)
+        lower, upper = bounds(tessellation.lower, tessellation.upper, k)
         span = jnp.where(upper > lower, upper - lower, 1.0)
-        return (centroids(grid, k) - lower) / span
+        return (tessellation.centroids(k) - lower) / span
 
     tables = jax.vmap(centres)(jnp.arange(tasks, dtype=jnp.int32))
-    cell = jax.vmap(cell_of, in_axes=(None, 0, 0))(grid, scores, archive)
+    cell = jax.vmap(tessellation.cell_of)(scores, archive)
     found = tables[archive[:, None], cell].reshape(batch, parents * (tasks - 1))
     return jnp.concatenate([found, jnp.ones((batch, 1), jnp.float32)], axis=1)
 
@@ -79,7 +79,7 @@ def breed_controlled(
     expert = jnp.asarray(experts, jnp.int32)[archive]
     keys = jax.vmap(partial(jax.random.split, num=3))(jax.random.split(key, batch_size))
     parents = draw_parents(selector, repertoire, keys[:, 0], archive)
-    features = parent_features(repertoire.grid, repertoire.scores[parents], archive)
+    features = parent_features(repertoire.tessellation, repertoire.scores[parents], archive)
     maps = state.candidates[archive, turns(state.children, archive)]
     outputs = jnp.einsum(
         "bf,bfp->bp",
@@ -159,7 +159,16 @@ class ControlledEmitter(CycleQDEmitter):
         descriptors: Any,
         extra_scores: Any,
     ) -> ControlState:
-        """State at generation 0; raises ``ValueError`` if the number of archives is another."""
+        """State at generation 0.
+
+        Raises:
+            ValueError: another number of archives, or archives without cells.
+        """
+        if not hasattr(repertoire, "tessellation"):
+            raise ValueError(
+                "control needs archives with cells (a CyclicRepertoire), found "
+                f"{type(repertoire).__name__}: use CycleQDEmitter there"
+            )
         super().init(key, repertoire, genotypes, fitnesses, descriptors, extra_scores)
         features = 2 * (repertoire.num_archives - 1) + 1
         size = features * len(self._parameters)
@@ -203,7 +212,7 @@ class ControlledEmitter(CycleQDEmitter):
         """Learn from the batch's scores (B, K); see `learn`."""
         return learn(
             emitter_state,
-            repertoire.grid,
+            repertoire.tessellation,
             repertoire.scores,
             repertoire.cells,
             jnp.asarray(fitnesses, jnp.float32),

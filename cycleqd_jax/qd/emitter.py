@@ -18,7 +18,7 @@ from qdax.core.emitters.repertoire_selectors.selector import Selector
 
 from cycleqd_jax.merging.crossover import Crossover
 from cycleqd_jax.merging.mutation import Mutation
-from cycleqd_jax.qd.repertoire import CyclicRepertoire
+from cycleqd_jax.qd.pool import PooledRepertoire
 from cycleqd_jax.qd.schedule import Schedule, cycle_per_generation
 
 
@@ -55,7 +55,7 @@ def _as_pytree(operator: Callable[..., Any]) -> Any:
 
 @partial(jax.jit, static_argnames=("selector", "schedule", "experts", "batch_size"))
 def breed(
-    repertoire: CyclicRepertoire,
+    repertoire: PooledRepertoire,
     generation: Int[Array, ""],
     key: jax.Array,
     crossover: Any,

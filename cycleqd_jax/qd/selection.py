@@ -167,10 +167,10 @@ def draw_parents(
 
 def _bin_numbers(archive: Any) -> Int[Array, "cells others"]:
     cells, others = archive.centroids.shape
-    bins = round(cells ** (1 / others))
-    if bins**others != cells:
+    bins = getattr(archive, "bins", round(cells ** (1 / others)))
+    if bins is None or bins**others != cells:
         raise ValueError(
-            f"formula 'reference' needs a grid with equal bins per task, found {cells} cells for "
-            f"{others} behaviour characteristics"
+            f"formula 'reference' needs a grid with equal bins per task (see make_grid), found "
+            f"{cells} cells for {others} behaviour characteristics"
         )
     return jnp.asarray(np.stack(np.unravel_index(np.arange(cells), (bins,) * others), axis=-1))
