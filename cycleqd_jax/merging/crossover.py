@@ -13,7 +13,7 @@ Crossover = Callable[[jax.Array, Any, Any], Any]
 SMALLEST_WEIGHT_SUM = 1e-6
 
 
-def linear_crossover(mean: Any = 1.0, std: float = 0.1) -> Crossover:
+def linear_crossover(mean: float = 1.0, std: float = 0.1) -> Crossover:
     """Normalised linear merge ``(w1 a + w2 b) / (w1 + w2)``, ``w_i ~ N(mean, std^2)``.
 
     One pair of weights for the whole model; negative weights are allowed. When
@@ -21,7 +21,7 @@ def linear_crossover(mean: Any = 1.0, std: float = 0.1) -> Crossover:
     gains (CycleQD, Kuroki et al., arXiv 2410.14735).
 
     Args:
-        mean: mean of a parent's weight; a scalar, or (2,), one a parent. May be traced.
+        mean: mean of a parent's weight.
         std: its standard deviation, not negative.
 
     Returns:
