@@ -7,13 +7,15 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from cycleqd_jax.merging.static import check_not_negative
+
 Crossover = Callable[[jax.Array, Any, Any], Any]
 """``(key, first parent, second parent) -> child``: three trees of one structure, no batch axis."""
 
 SMALLEST_WEIGHT_SUM = 1e-6
 
 
-def linear_crossover(mean: float = 1.0, std: float = 0.1) -> Crossover:
+def linear_crossover(mean: Any = 1.0, std: Any = 0.1) -> Crossover:
     """Normalised linear merge ``(w1 a + w2 b) / (w1 + w2)``, ``w_i ~ N(mean, std^2)``.
 
     One pair of weights for the whole model; negative weights are allowed. When
@@ -21,7 +23,7 @@ def linear_crossover(mean: float = 1.0, std: float = 0.1) -> Crossover:
     gains (CycleQD, Kuroki et al., arXiv 2410.14735).
 
     Args:
-        mean: mean of a parent's weight.
+        mean: mean of a parent's weight; both numbers may be traced.
         std: its standard deviation, not negative.
 
     Returns:
@@ -30,8 +32,7 @@ def linear_crossover(mean: float = 1.0, std: float = 0.1) -> Crossover:
     Raises:
         ValueError: ``std`` is negative.
     """
-    if std < 0:
-        raise ValueError(f"std of the merge weights must not be negative, found {std}")
+    check_not_negative("std of the merge weights", std)
     return Partial(_linear, mean, std)
 
 
@@ -39,7 +40,8 @@ def _linear(mean: Any, std: Any, key: jax.Array, a: Any, b: Any) -> Any:
     weights = mean + std * jax.random.normal(key, (2,), jnp.float32)
     total = weights[0] + weights[1]
     defined = jnp.abs(total) >= SMALLEST_WEIGHT_SUM
-    share = jnp.where(defined, weights / jnp.where(defined, total, 1.0), 0.5)
+    # The division comes last: XLA repeats the cheaper operations after it for every element.
+    share = jnp.where(defined, weights, 0.5) / jnp.where(defined, total, 1.0)
 
     def merge(x: jax.Array, y: jax.Array) -> jax.Array:
         child = share[0] * x.astype(jnp.float32) + share[1] * y.astype(jnp.float32)

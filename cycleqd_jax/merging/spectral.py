@@ -70,7 +70,8 @@ SpectralBasis = Any
 """Tree with the parameters' structure and ``MatrixFactors`` or ``VectorFactors`` for leaves."""
 
 
-def _is_factors(node: Any) -> bool:
+def is_factors(node: Any) -> bool:
+    """Whether a node of a basis is one leaf's factors; the ``is_leaf`` of its tree functions."""
     return isinstance(node, MatrixFactors | VectorFactors)
 
 
@@ -84,7 +85,7 @@ def gain_layout(basis: SpectralBasis | GainLayout) -> GainLayout:
     """
     if isinstance(basis, GainLayout):
         return basis
-    nodes, treedef = jax.tree.flatten(basis, is_leaf=_is_factors)
+    nodes, treedef = jax.tree.flatten(basis, is_leaf=is_factors)
     leaves = []
     for node in nodes:
         if isinstance(node, MatrixFactors):

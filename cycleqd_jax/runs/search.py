@@ -11,7 +11,7 @@ import numpy as np
 from qdax.core.map_elites import MAPElites
 
 from cycleqd_jax.merging.crossover import linear_crossover
-from cycleqd_jax.merging.mutation import expert_svd_mutation
+from cycleqd_jax.merging.expert_svd import expert_svd_mutation
 from cycleqd_jax.merging.spectral import expert_gains, gain_layout
 from cycleqd_jax.progress import Progress
 from cycleqd_jax.qd.emitter import CycleQDEmitter

@@ -15,8 +15,9 @@ from qdax.core.emitters.standard_emitters import MixingEmitter
 from qdax.core.map_elites import MAPElites
 
 from cycleqd_jax.merging.crossover import linear_crossover
+from cycleqd_jax.merging.expert_svd import expert_svd_mutation
 from cycleqd_jax.merging.layout import GainLayout, LeafLayout
-from cycleqd_jax.merging.mutation import expert_svd_mutation, gaussian_mutation, no_mutation
+from cycleqd_jax.merging.mutation import gaussian_mutation, no_mutation
 from cycleqd_jax.qd.emitter import CycleQDEmitter, breed
 from cycleqd_jax.qd.grid import make_grid
 from cycleqd_jax.qd.metrics import qd_metrics
