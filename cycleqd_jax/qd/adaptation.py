@@ -181,7 +181,9 @@ def _incumbents(
     return jnp.where(cells == EMPTY, -jnp.inf, scores[jnp.maximum(cells, 0), tasks])
 
 
-def _cells(tessellation: Tessellation, scores: Float[Array, "batch tasks"]) -> Int[Array, "tasks batch"]:
+def _cells(
+    tessellation: Tessellation, scores: Float[Array, "batch tasks"]
+) -> Int[Array, "tasks batch"]:
     tasks = jnp.arange(tessellation.num_tasks, dtype=jnp.int32)
     return jax.vmap(tessellation.cell_of, in_axes=(None, 0))(scores, tasks)
 

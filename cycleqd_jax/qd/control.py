@@ -33,7 +33,9 @@ from cycleqd_jax.qd.tessellation import Tessellation, bounds
 
 
 def parent_features(
-    tessellation: Tessellation, scores: Float[Array, "batch parents tasks"], archive: Int[Array, " batch"]
+    tessellation: Tessellation,
+    scores: Float[Array, "batch parents tasks"],
+    archive: Int[Array, " batch"],
 ) -> Float[Array, "batch features"]:
     """Inputs ``x`` of the map: the parents' cells in [0, 1] and a constant 1.
 

@@ -96,23 +96,15 @@ def test_an_archive_hears_only_of_its_own_children():
     assert (np.asarray(one.cmaes.num_updates) == 1).all()
 
 
-def test_a_small_batch_waits_for_the_whole_population():
-    state = occupied(start())
-    for generation in range(4 * K):
-        state = tell(occupied(state), scores_of(generation, 4))
-        # Of 4 children a generation, the population of 6 is through at the archive's second.
-        updates = [len([g for g in range(generation + 1) if g % K == k]) // 2 for k in range(K)]
-        assert np.asarray(state.cmaes.num_updates).tolist() == updates
-    waiting = np.asarray(tell(occupied(state), scores_of(99, 4)).children)
-    np.testing.assert_array_equal(waiting, [[1, 1, 1, 1, 0, 0], [0] * 6, [0] * 6])
-
-
-def test_children_says_how_many_are_judged_at_least():
+def test_a_small_batch_waits_until_every_candidate_had_its_children():
     settings = ControlSettings(population=6, children=2)
     state = start(settings)
-    for generation in range(2 * K):
-        state = tell(occupied(state), scores_of(generation, 6), settings=settings)
-        assert state.cmaes.num_updates[0] == int(generation >= K)
+    for generation in range(6 * K + K):
+        state = tell(occupied(state), scores_of(generation, 4), settings=settings)
+        # With 4 children a generation, 6 candidates have had 2 each at the archive's third.
+        turns_of = [len([g for g in range(generation + 1) if g % K == k]) for k in range(K)]
+        assert np.asarray(state.cmaes.num_updates).tolist() == [n // 3 for n in turns_of]
+    np.testing.assert_array_equal(state.children, [[1, 1, 1, 1, 0, 0]] * K)
 
 
 def test_the_mean_moves_to_the_candidates_that_earned_most():

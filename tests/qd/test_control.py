@@ -5,7 +5,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.tree_util import Partial
 from qdax.core.emitters.multi_emitter import MultiEmitter
 from qdax.core.emitters.mutation_operators import isoline_variation
 from qdax.core.emitters.standard_emitters import MixingEmitter
@@ -13,9 +12,10 @@ from qdax.core.map_elites import MAPElites
 
 from cycleqd_jax.merging.crossover import linear_crossover
 from cycleqd_jax.merging.mutation import gaussian_mutation, no_mutation
-from cycleqd_jax.qd.adaptation import ControlSettings, ControlState, learn
+from cycleqd_jax.qd.adaptation import ControlState, learn
 from cycleqd_jax.qd.control import ControlledEmitter, breed_controlled, parent_features
-from cycleqd_jax.qd.emitter import CycleQDEmitter
+from cycleqd_jax.qd.cvt import CVT
+from cycleqd_jax.qd.dns import DominatedNoveltyRepertoire, make_dominated_novelty
 from cycleqd_jax.qd.grid import make_grid
 from cycleqd_jax.qd.metrics import qd_metrics
 from cycleqd_jax.qd.parametric import (
@@ -30,6 +30,7 @@ from cycleqd_jax.qd.selection import EliteSelector, RandomSelector
 
 K, BATCH, GENERATIONS = 2, 64, 60
 SEEDS = jnp.arange(2)
+GRID = make_grid([0.0] * K, [2.0] * K, 10)
 
 
 def score(genotypes, key):
@@ -38,8 +39,11 @@ def score(genotypes, key):
     return genotypes["x"], genotypes["x"], {}
 
 
-def search(emitter, seed, top=2.0):
-    """Total QD score at the end, and the last batch's info with its parents' scores."""
+def search(emitter, outputs, fixed, seed, top=2.0):
+    """Total QD score at the end, and the last batch's info with its parents' scores.
+
+    If ``fixed``, every candidate is the constant map to ``outputs``, whatever is learned.
+    """
     algorithm = MAPElites(score, emitter, qd_metrics, CyclicRepertoire.init)
     first = {
         "x": jax.random.uniform(jax.random.key(seed), (16, K)) * jnp.asarray([0.2, 1.0]),
@@ -47,9 +51,11 @@ def search(emitter, seed, top=2.0):
     }
     grid = make_grid([0.0] * K, [top] * K, 10)
     repertoire, state, _ = algorithm.init(first, grid, jax.random.key(seed + 100))
+    constant = jnp.zeros((2 * K - 1, outputs.size)).at[-1].set(outputs).ravel()
 
     def generation(carry, key):
         repertoire, state = carry
+        state = state.replace(candidates=jnp.where(fixed, constant, state.candidates))
         children, info = algorithm.ask(repertoire, state, key)
         info["parents"] = repertoire.scores[info["parents"]]
         scores = children["x"]
@@ -65,17 +71,16 @@ def compare(crossover, mutation, schedule, fixed, selector=None, **options):
     """Learned QD scores (seeds,) and info, and QD scores (values, seeds) of fixed parameters."""
     parts = selector or EliteSelector(), crossover, mutation, BATCH, K
     emitter = ControlledEmitter(*parts, schedule=schedule)
-    learned, info = jax.jit(jax.vmap(lambda seed: search(emitter, seed, **options)))(SEEDS)
-
-    def run(values, seed):
-        split = len(crossover.parameters)
-        operators = Partial(crossover, values[:split]), Partial(mutation, values[split:])
-        emitter = CycleQDEmitter(parts[0], *operators, BATCH, K, schedule=schedule)
-        return search(emitter, seed, **options)[0]
-
-    over_seeds = jax.vmap(run, in_axes=(None, 0))
-    others = jax.jit(jax.vmap(over_seeds, in_axes=(0, None)))(jnp.asarray(fixed), SEEDS)
-    return np.asarray(learned), jax.tree.map(np.asarray, info), np.asarray(others)
+    ends = np.asarray([(p.low, p.start, p.high) for p in emitter.parameters])
+    low, start, high = ends.T
+    logit = [np.log((v - low) / (high - v)) for v in (start, np.asarray(fixed))]
+    outputs = np.concatenate([np.zeros((1, low.size)), logit[1] - logit[0]])
+    run = jax.vmap(partial(search, emitter, **options), in_axes=(None, None, 0))
+    everything = jax.jit(jax.vmap(run, in_axes=(0, 0, None)))
+    scores, info = everything(jnp.asarray(outputs), jnp.arange(len(outputs)) > 0, SEEDS)
+    info = jax.tree.map(np.asarray, info)
+    np.testing.assert_allclose(info["parameters"][1:, 0, 0], fixed, rtol=1e-3, atol=1e-3)
+    return np.asarray(scores[0]), jax.tree.map(lambda x: x[0], info), np.asarray(scores[1:])
 
 
 def keep_first(values, key, a, b):
@@ -138,22 +143,16 @@ class TestLearning:
         assert learned.min() > 1.3 * others.max()
 
 
-def controlled(crossover, mutation, **options):
-    return ControlledEmitter(EliteSelector(), crossover, mutation, BATCH, K, **options)
-
-
-def merging(**options):
-    return controlled(
-        parametric_crossover(), parametric_mutation(gaussian_mutation(1.0)), **options
-    )
+def merging():
+    crossover = parametric_crossover(std=0.0)
+    mutation = parametric_mutation(gaussian_mutation(1.0))
+    return ControlledEmitter(EliteSelector(), crossover, mutation, BATCH, K)
 
 
 def start(emitter, seed=0):
     algorithm = MAPElites(score, emitter, qd_metrics, CyclicRepertoire.init)
     first = {"x": jax.random.uniform(jax.random.key(seed), (16, K))}
-    repertoire, state, _ = algorithm.init(
-        first, make_grid([0.0] * K, [2.0] * K, 10), jax.random.key(seed)
-    )
+    repertoire, state, _ = algorithm.init(first, GRID, jax.random.key(seed))
     return algorithm, repertoire, state
 
 
@@ -180,15 +179,17 @@ def test_ask_tell_is_the_scanned_run_and_compiles_once():
 
 
 def test_children_are_bred_with_the_values_they_report():
-    emitter = controlled(parametric_crossover(std=0.0), parametric(keep))
+    emitter = merging()
     _, repertoire, state = start(emitter)
     children, info = emitter.emit(repertoire, state, jax.random.key(0))
-    assert [p.name for p in emitter.parameters] == ["w1", "w2"]
-    pair = np.asarray(repertoire.gather(info["parents"])["x"])
-    share = np.asarray(info["parameters"] / info["parameters"].sum(axis=1, keepdims=True))
-    np.testing.assert_allclose(
-        children["x"], (share[..., None] * pair).sum(axis=1), rtol=1e-4, atol=1e-5
-    )
+    assert [p.name for p in emitter.parameters] == ["w1", "w2", "w_max"]
+    weights, strength = info["parameters"][:, :2], info["parameters"][:, 2:]
+    pair = repertoire.gather(info["parents"])["x"]
+    share = weights / weights.sum(axis=1, keepdims=True)
+    noise = np.asarray((children["x"] - (share[..., None] * pair).sum(axis=1)) / strength)
+    # Standard normal numbers, 128 of them, if parents, weights and strengths are the right ones.
+    assert abs(noise.mean()) < 0.5
+    assert 0.7 < noise.std() < 1.3
     assert (info["archive"] == 0).all()
 
 
@@ -200,6 +201,17 @@ def test_features_are_the_centres_of_the_parents_cells():
     for k, row in enumerate(np.asarray(features)):
         centres = (np.delete(bins, k, axis=1) + 0.5) / 4
         np.testing.assert_allclose(row, [*centres.ravel(), 1.0], rtol=1e-6)
+
+
+def test_features_on_cells_that_are_no_grid():
+    lower, upper = jnp.asarray([0.0, 10.0, -1.0]), jnp.asarray([1.0, 20.0, 1.0])
+    centres = jax.random.uniform(jax.random.key(0), (3, 9, 2))
+    cells = CVT(lower=lower, upper=upper, centres=centres)
+    scores = jnp.asarray([[[0.3, 19.9, 0.9], [5.0, 10.1, -5.0]]])
+    features = np.asarray(parent_features(cells, scores, jnp.asarray([1])))[0]
+    nearest = cells.centroids(1)[cells.cell_of(scores[0], 1)]
+    expected = (np.asarray(nearest) - [0.0, -1.0]) / [1.0, 2.0]
+    np.testing.assert_allclose(features, [*expected.ravel(), 1.0], rtol=1e-5)
 
 
 def test_features_of_a_task_without_range():
@@ -224,9 +236,7 @@ def test_beside_a_qdax_emitter_in_a_multi_emitter():
 def test_a_single_elite_and_two_runs_alike():
     emitter = merging()
     first = {"x": jnp.full((1, K), 0.3)}
-    repertoire = CyclicRepertoire.init(
-        first, first["x"], first["x"], make_grid([0.0] * K, [1.0] * K, 4)
-    )
+    repertoire = CyclicRepertoire.init(first, first["x"], first["x"], GRID)
     state = emitter.init(jax.random.key(0), repertoire, first, first["x"], first["x"], {})
     one, same, other = (
         np.asarray(emitter.emit(repertoire, state, jax.random.key(s))[0]["x"]) for s in (0, 0, 1)
@@ -240,11 +250,11 @@ class TestBadInput:
     def test_an_operator_without_parameters_of_its_own(self):
         wrong: Any = linear_crossover()
         with pytest.raises((ValueError, TypeError), match="Parametric"):
-            controlled(wrong, parametric(keep))
+            ControlledEmitter(EliteSelector(), wrong, parametric(keep), BATCH, K)
 
     def test_nothing_to_control(self):
         with pytest.raises(ValueError, match="at least one parameter to control"):
-            controlled(parametric(keep_first), parametric(keep))
+            ControlledEmitter(EliteSelector(), parametric(keep_first), parametric(keep), BATCH, K)
 
     def test_another_number_of_archives(self):
         scores = jnp.ones((2, 3))
@@ -254,6 +264,9 @@ class TestBadInput:
         with pytest.raises(ValueError, match="made for 2 archives, the repertoire has 3"):
             merging().init(jax.random.key(0), repertoire, None, None, None, {})
 
-    def test_wrong_population(self):
-        with pytest.raises(ValueError, match="population of at least 2"):
-            merging(settings=ControlSettings(population=1))
+    def test_archives_without_cells(self):
+        scores = jnp.ones((2, 2))
+        novelty = make_dominated_novelty(2, 4)
+        repertoire = DominatedNoveltyRepertoire.init({"x": scores}, scores, scores, novelty)
+        with pytest.raises(ValueError, match=r"archives with cells.*found DominatedNovelty"):
+            merging().init(jax.random.key(0), repertoire, None, None, None, {})

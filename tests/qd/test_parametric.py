@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from cycleqd_jax.merging.crossover import linear_crossover
+from cycleqd_jax.merging.expert_svd import expert_svd_mutation
 from cycleqd_jax.merging.layout import GainLayout, LeafLayout
-from cycleqd_jax.merging.mutation import expert_svd_mutation, gaussian_mutation
+from cycleqd_jax.merging.mutation import gaussian_mutation
 from cycleqd_jax.qd.parametric import (
     Parameter,
     parametric,
