@@ -114,9 +114,7 @@ def _volume(boxes: Float[Array, "rows 3"]) -> Float[Array, ""]:
 
 
 @partial(jax.jit, static_argnames="num_samples")
-def _estimate(
-    boxes: Float[Array, "rows tasks"], key: jax.Array, num_samples: int
-) -> Hypervolume:
+def _estimate(boxes: Float[Array, "rows tasks"], key: jax.Array, num_samples: int) -> Hypervolume:
     """Draw points from the boxes and count in how many boxes each lies.
 
     A point that lies in n boxes is drawn n times as often as its share of the union, so ``1 / n``

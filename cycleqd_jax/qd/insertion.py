@@ -35,7 +35,7 @@ class Decision(struct.PyTreeNode):
     slots_needed: Any
 
 
-def occupied_slots(cells: Int[Array, "tasks cells"], capacity: int) -> Bool[Array, " capacity"]:
+def occupied_slots(cells: Int[Array, "*shape"], capacity: int) -> Bool[Array, " capacity"]:
     """Mask of the pool's slots that some cell points at."""
     # Index -1 would wrap around to the last slot: empty cells point one past the end and are
     # dropped.

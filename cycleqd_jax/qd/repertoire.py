@@ -75,8 +75,10 @@ class CyclicRepertoire(PooledRepertoire):
     def index_archive(self, k: int | Int[Array, ""]) -> ArchiveView:
         """As in `PooledRepertoire`, with the tessellation's centroids (C, K-1)."""
         k = jnp.asarray(k, jnp.int32)
-        return super().index_archive(k).replace(
-            centroids=_centroids(self.tessellation, k), bins=self.tessellation.bins
+        return (
+            super()
+            .index_archive(k)
+            .replace(centroids=_centroids(self.tessellation, k), bins=self.tessellation.bins)
         )
 
 

@@ -185,7 +185,7 @@ class TestBadInput:
 
     def test_centroids_that_are_no_grid(self):
         centres: Any = jnp.ones((4, 1))
-        with pytest.raises(ValueError, match="expected cells such as make_grid.*found ArrayImpl"):
+        with pytest.raises(ValueError, match=r"expected cells such as make_grid.*found ArrayImpl"):
             CyclicRepertoire.init(numbered(3), SCORES, SCORES, centres)
 
     def test_a_capacity_of_zero(self):
