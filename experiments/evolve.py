@@ -2,7 +2,8 @@
 
     python experiments/evolve.py --base DIR --experts coding=DIR shell=DIR … --tasks coding shell …
 
-Base and experts are Hugging Face folders of one architecture with one tokenizer.
+Base and experts are Hugging Face folders of one architecture with one tokenizer; an expert may also
+be the folder of a PEFT LoRA adapter.
 """
 
 import argparse

@@ -40,8 +40,7 @@ def _linear(mean: Any, std: Any, key: jax.Array, a: Any, b: Any) -> Any:
     weights = mean + std * jax.random.normal(key, (2,), jnp.float32)
     total = weights[0] + weights[1]
     defined = jnp.abs(total) >= SMALLEST_WEIGHT_SUM
-    # The division comes last: XLA repeats the cheaper operations after it for every element.
-    share = jnp.where(defined, weights, 0.5) / jnp.where(defined, total, 1.0)
+    share = jnp.where(defined, weights / jnp.where(defined, total, 1.0), 0.5)
 
     def merge(x: jax.Array, y: jax.Array) -> jax.Array:
         child = share[0] * x.astype(jnp.float32) + share[1] * y.astype(jnp.float32)

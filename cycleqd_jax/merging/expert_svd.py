@@ -41,12 +41,7 @@ def draw_expert_gains(
         if leaf.role == "vector" or not sum(leaf.ranks):
             return jnp.zeros(leaf.shape, jnp.float32)
         w = jax.random.uniform(keys[i], (*leaf.batch_shape, max(leaf.ranks)), jnp.float32)
-        w = w_max * w
-        if len(set(leaf.ranks)) == 1:
-            mine = jnp.arange(len(leaf.ranks), dtype=jnp.int32) == expert
-            return jnp.where(mine[:, None], w[..., None, :], 0.0).reshape(leaf.shape)
-        blocks = [jnp.where(expert == e, w[..., :rank], 0.0) for e, rank in enumerate(leaf.ranks)]
-        return jnp.concatenate(blocks, axis=-1)
+        return jnp.where(leaf.owner == expert, w_max * w[..., leaf.position], 0.0)
 
     return layout.build(draw)
 

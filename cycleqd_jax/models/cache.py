@@ -21,6 +21,7 @@ from cycleqd_jax.models.llama import (
     layer_output,
     logits_of,
     rope_tables,
+    visible,
 )
 from cycleqd_jax.models.specs import LlamaConfig, LlamaParams
 
@@ -63,8 +64,9 @@ def prefill(
     `params` has unstacked layers; `tokens` is padded on the right to the common length.
     """
     time = tokens.shape[1]
-    rope = rope_tables(config, jnp.arange(time))
-    causal = jnp.tril(jnp.ones((time, time), bool))
+    at = jnp.arange(time)
+    rope = rope_tables(config, at)
+    mask = visible(config, at[:, None], at)
     x = kernels.embed(tokens, params.embed, rows)
     last = (lengths - 1)[:, None, None]
     room = slots - time
@@ -73,7 +75,7 @@ def prefill(
         q, k, v = attention_inputs(x, weights, config, rope, rows)
         keys.append(jnp.pad(k.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, 0), (0, room))))
         values.append(jnp.pad(v.transpose(0, 2, 1, 3), ((0, 0), (0, 0), (0, room), (0, 0))))
-        mixed = attend(q, k, v, causal)
+        mixed = attend(q, k, v, mask)
         if index == len(params.layers) - 1:
             # Only the last token's output is wanted: the top layer's MLP and the head run on it.
             x = jnp.take_along_axis(x, last, axis=1)
@@ -101,7 +103,10 @@ def decode_step(
     rope = rope_tables(config, positions[:, None])
     index = jnp.arange(cache.slots)
     generated = (index >= prompt_slots) & (index <= slot)
-    visible = (index < lengths[:, None]) | generated
+    # The position of the token in each slot; slots between a prompt and `prompt_slots` hold none.
+    at = jnp.where(generated, lengths[:, None] + index - prompt_slots, index)
+    mask = (index < lengths[:, None]) | generated
+    mask &= visible(config, positions[:, None], at)
     x = kernels.embed(token[:, None], params.embed, rows)
     keys, values = [], []
     for layer, weights in enumerate(params.layers):
@@ -112,7 +117,7 @@ def decode_step(
         values.append(
             lax.dynamic_update_slice(cache.values[layer], v.transpose(0, 2, 1, 3), (0, 0, slot, 0))
         )
-        mixed = _attend_cache(q[:, 0], keys[-1], values[-1], visible)
+        mixed = _attend_cache(q[:, 0], keys[-1], values[-1], mask)
         x = layer_output(x, mixed[:, None], weights, config, rows)
     return logits_of(x, params, config, rows)[:, 0], KVCache(tuple(keys), tuple(values))
 

@@ -4,14 +4,8 @@ Both directions follow the leaf table. A tensor that is missing, extra or missha
 its name and file before any weight is read.
 """
 
-import errno
-import json
-import os
 import shutil
-import struct
-import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,14 +13,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from cycleqd_jax.models.specs import DTYPES, LeafSpec, LlamaConfig, LlamaParams, leaf_table
+from cycleqd_jax.models.config import DTYPES, LlamaConfig
+from cycleqd_jax.models.folder import read_json, replaced_folder, write_json
+from cycleqd_jax.models.shards import (
+    DTYPE_OF_CODE,
+    Checkpoint,
+    TensorEntry,
+    first_not_finite,
+    write_safetensors,
+)
+from cycleqd_jax.models.specs import LeafSpec, LlamaParams, leaf_paths, leaf_table
 
 _WEIGHTS, _INDEX = "model.safetensors", "model.safetensors.index.json"
-_DTYPE_OF_CODE = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-_CODE_OF_DTYPE = {name: code for code, name in _DTYPE_OF_CODE.items()}
+_GENERATION = "generation_config.json"
 _TIED_HEAD = "lm_head.weight"
+# Start and stop of a part of a leaf along every axis.
+_Block = tuple[tuple[int, int], ...]
 # A buffer that old Llama 2 exports carry; it follows from the config.
 _IGNORED_SUFFIX = ".rotary_emb.inv_freq"
 
@@ -48,26 +51,45 @@ def load_config(folder: str | Path) -> LlamaConfig:
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: expected a model folder, found no such folder")
-    return LlamaConfig.from_hf(_read_json(folder / "config.json"), str(folder / "config.json"))
+    return LlamaConfig.from_hf(read_json(folder / "config.json"), str(folder / "config.json"))
 
 
-def load_model(folder: str | Path, dtype: str | None = None) -> tuple[LlamaConfig, LlamaParams]:
+def check_weights(folder: str | Path) -> LlamaConfig:
+    """Hold a folder's config and the headers of its weights against each other; read no weight.
+
+    The config has the dtype of the stored embeddings. Raises ValueError as `load_model` does.
+    """
+    config = load_config(folder)
+    return replace(config, dtype=_dtype_of(config, _open(Path(folder), config)))
+
+
+def load_model(
+    folder: str | Path, dtype: str | None = None, *, sharding: Any = None
+) -> tuple[LlamaConfig, LlamaParams]:
     """Read a model folder; weights keep the dtype of the file unless `dtype` is given.
 
+    Each leaf goes straight to its place, a device's part at a time: besides the model, host memory
+    holds one part of one leaf. `sharding` is a `jax.sharding.Sharding` for all leaves or a tree of
+    them with the structure of the parameters; None is the default device.
+
     Raises ValueError, naming file and tensor with what was expected and found, for a folder without
-    config or weights and for missing, extra or misshapen tensors.
+    config or weights, truncated or corrupt files, missing, extra or misshapen tensors, weights that
+    are not finite (in the file, or after the conversion to `dtype`), and a sharding that does not
+    divide a leaf.
     """
     folder = Path(folder)
     config = load_config(folder)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    with ExitStack() as stack:
-        tensors = _Tensors(folder, stack)
-        tensors.check(config)
-        params = jax.tree.map(
-            lambda spec: _read_leaf(tensors, spec, config.num_layers, dtype), leaf_table(config)
-        )
-        tensors.check_tied_head(config)
+    checkpoint = _open(folder, config)
+    _check_tied_head(checkpoint, config)
+    table = leaf_table(config)
+    places = _places(config, sharding)
+    leaves = [
+        _load_leaf(checkpoint, spec, config.num_layers, dtype, place)
+        for spec, place in zip(jax.tree.leaves(table), places, strict=True)
+    ]
+    params = jax.tree.unflatten(jax.tree.structure(table), leaves)
     return replace(config, dtype=str(params.embed.dtype)), params
 
 
@@ -79,16 +101,20 @@ def save_model(
     tokenizer: Any = None,
     like: str | Path | None = None,
     overwrite: bool = False,
+    max_shard_size: int = 5_000_000_000,
 ) -> Path:
     """Write a folder that `transformers` loads: config, generation config, weights, tokenizer.
 
-    The tokenizer is an object with `save_pretrained`, or its files are copied from the folder
-    `like`. Everything goes to a temporary sibling that is renamed at the end, so a failure leaves
-    nothing half-written. Raises ValueError for parameters that do not fit `config`,
-    FileExistsError for a folder that is not empty unless `overwrite`, OSError with a plain message
-    when the disk is full.
+    Weights beyond `max_shard_size` bytes go to several files and an index; a tensor is never cut.
+    The tokenizer is an object with `save_pretrained`, or its files, the chat template and the
+    generation config are copied from the folder `like`. Everything goes to a temporary sibling that
+    is renamed at the end, so a failure leaves nothing half-written. Raises ValueError for
+    parameters that do not fit `config`, FileExistsError for a folder that is not empty unless
+    `overwrite`, OSError with a plain message when the disk is full.
     """
     folder = Path(folder)
+    if max_shard_size < 1:
+        raise ValueError(f"max_shard_size must be at least 1 byte, got {max_shard_size}")
     leaves = _checked_leaves(config, params)
     config = replace(config, dtype=str(params.embed.dtype))
     if folder.exists() and not overwrite and (not folder.is_dir() or any(folder.iterdir())):
@@ -96,12 +122,15 @@ def save_model(
             f"{folder} already exists: expected an empty or new folder; pass overwrite=True"
         )
     size = sum(leaf.size * leaf.dtype.itemsize for _, leaf in leaves)
-    with _replaced_folder(folder, size) as draft:
-        _write_json(draft / "config.json", config.to_hf())
+    with replaced_folder(folder, size) as draft:
         hf = config.to_hf()
-        ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-        _write_json(draft / "generation_config.json", {"do_sample": False, **ids})
-        _write_weights(draft / _WEIGHTS, config, leaves)
+        write_json(draft / "config.json", hf)
+        if like is not None and (Path(like) / _GENERATION).is_file():
+            shutil.copyfile(Path(like) / _GENERATION, draft / _GENERATION)
+        else:
+            ids = {key: hf[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            write_json(draft / _GENERATION, {"do_sample": False, **ids})
+        _write_weights(draft, config, leaves, max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(str(draft))
         elif like is not None:
@@ -109,120 +138,164 @@ def save_model(
     return folder
 
 
-class _Tensors:
-    """The tensors of one or many safetensors shards, opened lazily and memory-mapped."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self._stack = stack
-        self._open: dict[Path, Any] = {}
-        single, index = folder / _WEIGHTS, folder / _INDEX
-        if index.is_file():
-            self.source = index
-            weight_map = _read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict):
-                raise ValueError(f"{index}: expected a 'weight_map' of tensor names, found none")
-            self.file_of = {name: folder / file for name, file in weight_map.items()}
-        elif single.is_file():
-            self.source = single
-            self.file_of = dict.fromkeys(self._names(single), single)
-        else:
-            raise ValueError(f"{folder}: expected weights in {_WEIGHTS} or {_INDEX}, found neither")
-
-    def _file(self, path: Path) -> Any:
-        if path not in self._open:
-            if not path.is_file():
+def _open(folder: Path, config: LlamaConfig) -> Checkpoint:
+    """The folder's tensors, with names, shapes and dtypes held against the table."""
+    checkpoint = Checkpoint(folder, _WEIGHTS, _INDEX)
+    entries = checkpoint.entries
+    expected = {
+        name: spec
+        for spec in jax.tree.leaves(leaf_table(config))
+        for name in spec.hf_names(config.num_layers)
+    }
+    missing = [name for name in expected if name not in entries]
+    if missing:
+        raise ValueError(
+            f"{checkpoint.source}: missing {_listed(missing)}: expected {len(expected)} tensors, "
+            f"found {len(entries)}"
+        )
+    allowed = {_TIED_HEAD} if config.tie_embeddings else set()
+    extra = [
+        name
+        for name in entries
+        if name not in expected and name not in allowed and not name.endswith(_IGNORED_SUFFIX)
+    ]
+    if extra:
+        raise ValueError(
+            f"{checkpoint.source}: unexpected {_listed(extra)}: config.json describes "
+            f"{len(expected)} tensors, found {len(entries)}"
+        )
+    for name, spec in expected.items():
+        _check_entry(entries[name], spec)
+    for spec in jax.tree.leaves(leaf_table(config)):
+        first, *others = (entries[name] for name in spec.hf_names(config.num_layers))
+        for entry in others:
+            if entry.code != first.code:
                 raise ValueError(
-                    f"{path}: expected a shard that {_INDEX} names, found no such file"
+                    f"{entry.file}: tensor {entry.name}: expected dtype {first.code} as in "
+                    f"{first.name}, found {entry.code}"
                 )
-            try:
-                self._open[path] = self._stack.enter_context(safe_open(path, framework="np"))
-            except SafetensorError as error:
-                raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
-        return self._open[path]
+    return checkpoint
 
-    def _names(self, path: Path) -> list[str]:
-        return list(self._file(path).keys())
 
-    def describe(self, name: str) -> tuple[tuple[int, ...], str]:
-        """Shape and dtype code of a tensor, from the header."""
-        path = self.file_of[name]
-        file = self._file(path)
-        if name not in self._names(path):
+def _check_entry(entry: TensorEntry, spec: LeafSpec) -> None:
+    if entry.shape != spec.hf_shape():
+        raise ValueError(
+            f"{entry.file}: tensor {entry.name}: expected shape {spec.hf_shape()} from "
+            f"config.json, found {entry.shape}"
+        )
+    if entry.code not in DTYPE_OF_CODE:
+        raise ValueError(
+            f"{entry.file}: tensor {entry.name}: expected dtype {', '.join(DTYPE_OF_CODE)}, "
+            f"found {entry.code}"
+        )
+
+
+def _dtype_of(config: LlamaConfig, checkpoint: Checkpoint) -> str:
+    return DTYPE_OF_CODE[checkpoint.entries[leaf_table(config).embed.hf_name].code]
+
+
+def _check_tied_head(checkpoint: Checkpoint, config: LlamaConfig) -> None:
+    """A tied model may repeat its embedding as a head, but not carry another one."""
+    if not config.tie_embeddings or _TIED_HEAD not in checkpoint.entries:
+        return
+    spec = leaf_table(config).embed
+    head, embedding = checkpoint.entries[_TIED_HEAD], checkpoint.entries[spec.hf_name]
+    same = (head.shape, head.code) == (embedding.shape, embedding.code) and all(
+        np.array_equal(a, b) for (_, a), (_, b) in zip(head.rows(), embedding.rows(), strict=True)
+    )
+    if not same:
+        raise ValueError(
+            f"{head.file}: tensor {_TIED_HEAD}: expected a copy of {embedding.name} "
+            "(tie_word_embeddings is true), found other values; set tie_word_embeddings to "
+            "false in config.json to use it"
+        )
+
+
+def _places(config: LlamaConfig, sharding: Any) -> list[jax.sharding.Sharding | None]:
+    """One sharding per leaf, each checked to divide its leaf; None is the default device."""
+    table = leaf_table(config)
+    if sharding is None:
+        return [None] * len(jax.tree.leaves(table))
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, table)
+    expected: Any = jax.tree.structure(table)
+    found: Any = jax.tree.structure(sharding)
+    if found != expected:
+        raise ValueError(f"load_model: expected shardings with the tree {expected}, found {found}")
+    places = jax.tree.leaves(sharding)
+    for (path, spec), place in zip(leaf_paths(config), places, strict=True):
+        shape = spec.full_shape(config.num_layers)
+        try:
+            place.shard_shape(shape)
+        except ValueError as error:
             raise ValueError(
-                f"{path}: expected tensor {name}, which the index puts here; not found"
-            )
-        part = file.get_slice(name)
-        return tuple(part.get_shape()), str(part.get_dtype())
-
-    def read(self, name: str) -> np.ndarray:
-        return self._file(self.file_of[name]).get_tensor(name)
-
-    def check(self, config: LlamaConfig) -> None:
-        """Hold names, shapes and dtypes against the table."""
-        expected = {
-            name: spec
-            for spec in jax.tree.leaves(leaf_table(config))
-            for name in spec.hf_names(config.num_layers)
-        }
-        missing = [name for name in expected if name not in self.file_of]
-        if missing:
-            raise ValueError(
-                f"{self.source}: missing {_listed(missing)}: expected {len(expected)} tensors, "
-                f"found {len(self.file_of)}"
-            )
-        allowed = {_TIED_HEAD} if config.tie_embeddings else set()
-        extra = [
-            name
-            for name in self.file_of
-            if name not in expected and name not in allowed and not name.endswith(_IGNORED_SUFFIX)
-        ]
-        if extra:
-            raise ValueError(
-                f"{self.source}: unexpected {_listed(extra)}: config.json describes "
-                f"{len(expected)} tensors, found {len(self.file_of)}"
-            )
-        for name, spec in expected.items():
-            shape, code = self.describe(name)
-            if shape != spec.hf_shape():
-                raise ValueError(
-                    f"{self.file_of[name]}: tensor {name}: expected shape {spec.hf_shape()} from "
-                    f"config.json, found {shape}"
-                )
-            if code not in _DTYPE_OF_CODE:
-                raise ValueError(
-                    f"{self.file_of[name]}: tensor {name}: expected dtype "
-                    f"{', '.join(_DTYPE_OF_CODE)}, found {code}"
-                )
-
-    def check_tied_head(self, config: LlamaConfig) -> None:
-        """A tied model may repeat its embedding as a head, but not carry another one."""
-        if not config.tie_embeddings or _TIED_HEAD not in self.file_of:
-            return
-        embedding = leaf_table(config).embed.hf_name
-        if not np.array_equal(self.read(_TIED_HEAD), self.read(embedding)):
-            raise ValueError(
-                f"{self.file_of[_TIED_HEAD]}: tensor {_TIED_HEAD}: expected a copy of {embedding} "
-                "(tie_word_embeddings is true), found other values; set tie_word_embeddings to "
-                "false in config.json to use it"
-            )
+                f"load_model: leaf {path}: expected a sharding that divides its shape {shape}, "
+                f"found {place}: {error}"
+            ) from error
+    return places
 
 
-def _read_leaf(tensors: _Tensors, spec: LeafSpec, num_layers: int, dtype: str | None) -> jax.Array:
-    """One leaf in our orientation; host memory holds this leaf only."""
-    names = spec.hf_names(num_layers)
-    codes = [tensors.describe(name)[1] for name in names]
-    for name, code in zip(names, codes, strict=True):
-        if code != codes[0]:
-            raise ValueError(
-                f"{tensors.file_of[name]}: tensor {name}: expected dtype {codes[0]} as in "
-                f"{names[0]}, found {code}"
-            )
-    target = np.dtype(jnp.dtype(dtype or _DTYPE_OF_CODE[codes[0]]))
-    leaf = np.empty((len(names), *spec.shape), target)
-    for i, name in enumerate(names):
-        tensor = tensors.read(name)
-        leaf[i] = (tensor.T if spec.transpose else tensor).astype(target)
-    return jnp.asarray(leaf if spec.stacked else leaf[0])
+def _load_leaf(
+    checkpoint: Checkpoint,
+    spec: LeafSpec,
+    num_layers: int,
+    dtype: str | None,
+    place: jax.sharding.Sharding | None,
+) -> jax.Array:
+    """One leaf in our orientation, on its devices; host memory holds one device's part of it."""
+    entries = [checkpoint.entries[name] for name in spec.hf_names(num_layers)]
+    target = entries[0].dtype if dtype is None else np.dtype(jnp.dtype(dtype))
+    shape = spec.full_shape(num_layers)
+    if place is None:
+        # Not bound to its device, as any other array that is made without naming one.
+        whole = tuple((0, size) for size in shape)
+        return jax.block_until_ready(jax.device_put(_read_block(entries, spec, whole, target)))
+    devices_of: dict[_Block, list[Any]] = {}
+    for device, index in place.addressable_devices_indices_map(shape).items():
+        sides = zip(index or (slice(None),) * len(shape), shape, strict=True)
+        block = tuple(side.indices(size)[:2] for side, size in sides)
+        devices_of.setdefault(block, []).append(device)
+    parts = {}
+    for block, devices in devices_of.items():
+        values = _read_block(entries, spec, block, target)
+        for device in devices:
+            # Waiting keeps the buffers of transfers from piling up.
+            parts[device] = jax.block_until_ready(jax.device_put(values, device))
+        del values
+    order = place.addressable_devices_indices_map(shape)
+    return jax.make_array_from_single_device_arrays(shape, place, [parts[d] for d in order])
+
+
+def _read_block(
+    entries: list[TensorEntry], spec: LeafSpec, block: _Block, target: np.dtype
+) -> np.ndarray:
+    """The part `block` of a leaf, checked to be finite, from the rows of the file that cover it."""
+    (first, last), *sides = block if spec.stacked else ((0, 1), *block)
+    values = np.empty((last - first, *(stop - start for start, stop in sides)), target)
+    (top, bottom), *others = sides[::-1] if spec.transpose else sides
+    columns = tuple(slice(*side) for side in others)
+    for entry, out in zip(entries[first:last], values, strict=True):
+        for at, piece in entry.rows(top, bottom):
+            own = piece[(slice(None), *columns)]
+            with np.errstate(over="ignore"):
+                own = np.ascontiguousarray(own.astype(target, copy=False))
+            _check_finite(own, entry, at.start)
+            to = slice(at.start - top, at.stop - top)
+            if spec.transpose:
+                out[:, to] = own.T
+            else:
+                out[to] = own
+    return values if spec.stacked else values[0]
+
+
+def _check_finite(values: np.ndarray, entry: TensorEntry, row: int) -> None:
+    where = first_not_finite(values)
+    if where is not None:
+        at = (where[0] + row, *where[1:])
+        raise ValueError(
+            f"{entry.file}: tensor {entry.name}: expected finite weights, found {values[where]} "
+            f"in row {at[0]} (stored as {entry.code}, read as {values.dtype})"
+        )
 
 
 def _checked_leaves(config: LlamaConfig, params: LlamaParams) -> list[tuple[LeafSpec, Any]]:
@@ -258,70 +331,38 @@ def _checked_leaves(config: LlamaConfig, params: LlamaParams) -> list[tuple[Leaf
     return [(spec, leaf) for spec, (_, leaf) in zip(specs, found, strict=True)]
 
 
-def _write_weights(path: Path, config: LlamaConfig, leaves: list[tuple[LeafSpec, Any]]) -> None:
-    """Write one safetensors file, a leaf at a time.
-
-    The library's writer wants all tensors in memory at once, which would be a second, transposed
-    copy of the model; the format itself is a length, a JSON header and raw bytes.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
+def _write_weights(
+    folder: Path, config: LlamaConfig, leaves: list[tuple[LeafSpec, Any]], max_shard_size: int
+) -> None:
+    shards: list[list[tuple[str, np.dtype, tuple[int, ...]]]] = [[]]
+    total = filled = 0
     for spec, leaf in leaves:
+        size = int(np.prod(spec.shape)) * leaf.dtype.itemsize
         for name in spec.hf_names(config.num_layers):
-            end = offset + int(np.prod(spec.shape)) * leaf.dtype.itemsize
-            code = _CODE_OF_DTYPE[str(leaf.dtype)]
-            shape = list(spec.hf_shape())
-            header[name] = {"dtype": code, "shape": shape, "data_offsets": [offset, end]}
-            offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for spec, leaf in leaves:
-            whole = np.asarray(leaf)
-            for tensor in whole if spec.stacked else [whole]:
-                ordered = np.ascontiguousarray(tensor.T if spec.transpose else tensor)
-                file.write(ordered.view(np.uint8).data)
+            if shards[-1] and filled + size > max_shard_size:
+                shards.append([])
+                filled = 0
+            shards[-1].append((name, np.dtype(leaf.dtype), spec.hf_shape()))
+            filled += size
+            total += size
+    tensors = _tensors(leaves)
+    if len(shards) == 1:
+        write_safetensors(folder / _WEIGHTS, shards[0], tensors)
+        return
+    weight_map: dict[str, str] = {}
+    for number, layout in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_safetensors(folder / file, layout, tensors)
+        weight_map |= dict.fromkeys((name for name, _, _ in layout), file)
+    write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
-@contextmanager
-def _replaced_folder(folder: Path, size: int) -> Iterator[Path]:
-    """A draft folder next to `folder` that takes its place on success and vanishes on failure."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
-    if free < size:
-        raise OSError(errno.ENOSPC, _full(size, free), str(folder))
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield draft
-        draft.chmod(0o777 & ~_umask())
-        if folder.exists():
-            old = draft.with_name(draft.name + ".old")
-            folder.rename(old)
-            draft.rename(folder)
-            shutil.rmtree(old)
-        else:
-            draft.rename(folder)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            free = shutil.disk_usage(folder.parent).free
-            raise OSError(errno.ENOSPC, _full(size, free), str(folder)) from error
-        raise
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _full(size: int, free: int) -> str:
-    return (
-        f"no space left to save the model: expected {size / 1e6:.1f} MB free, "
-        f"found {free / 1e6:.1f} MB; free some or choose another folder"
-    )
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _tensors(leaves: list[tuple[LeafSpec, Any]]) -> Iterator[np.ndarray]:
+    """Every tensor in the orientation of the file; one leaf at a time is fetched to the host."""
+    for spec, leaf in leaves:
+        whole = np.asarray(leaf)
+        for tensor in whole if spec.stacked else [whole]:
+            yield tensor.T if spec.transpose else tensor
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
@@ -330,22 +371,6 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
         raise ValueError(f"{source}: expected tokenizer files such as tokenizer.json, found none")
     for path in found:
         shutil.copyfile(path, target / path.name)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path.parent}: expected the file {path.name}, found none")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    return data
-
-
-def _write_json(path: Path, data: dict[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _listed(names: list[str]) -> str:

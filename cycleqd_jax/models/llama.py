@@ -1,4 +1,4 @@
-"""The Llama forward pass: pure functions over `LlamaParams`, layers run by `lax.scan`."""
+"""The forward pass of the Llama family: pure functions over `LlamaParams`, layers by `lax.scan`."""
 
 from typing import Any
 
@@ -9,7 +9,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from cycleqd_jax.models import kernels
-from cycleqd_jax.models.specs import LayerParams, LeafSpec, LlamaConfig, LlamaParams, leaf_table
+from cycleqd_jax.models.config import LlamaConfig
+from cycleqd_jax.models.specs import LayerParams, LeafSpec, LlamaParams, leaf_table
 
 __all__ = ["LayerParams", "LlamaParams", "forward", "init_params"]
 
@@ -17,7 +18,7 @@ _UNROLL_LIMIT = 8
 
 
 def init_params(key: Array, config: LlamaConfig) -> LlamaParams:
-    """Random weights of the table's scale, norms of ones, in `config.dtype`."""
+    """Random weights of the table's scale, norms of ones, biases of zeros, in `config.dtype`."""
     specs, structure = jax.tree.flatten(leaf_table(config))
     keys = jax.random.split(key, len(specs))
 
@@ -41,12 +42,13 @@ def forward(
     `params` may hold kernels of many candidates, then `rows` is the candidate of each batch row.
     """
     time = tokens.shape[1]
-    rope = rope_tables(config, jnp.arange(time))
-    causal = jnp.tril(jnp.ones((time, time), bool))
+    positions = jnp.arange(time)
+    rope = rope_tables(config, positions)
+    mask = visible(config, positions[:, None], positions)
 
     def layer(x: Array, weights: LayerParams) -> tuple[Array, None]:
         q, k, v = attention_inputs(x, weights, config, rope, rows)
-        mixed = attend(q, k, v, causal)
+        mixed = attend(q, k, v, mask)
         return layer_output(x, mixed, weights, config, rows), None
 
     x = kernels.embed(tokens, params.embed, rows)
@@ -103,6 +105,19 @@ def rotate(x: Float[Array, "*batch time heads d"], cos: Array, sin: Array) -> Ar
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
+def visible(
+    config: LlamaConfig, queries: Int[Array, "..."], keys: Int[Array, "..."]
+) -> Bool[Array, "..."]:
+    """Whether a query at a position may look at a key: not ahead, and inside the window if any.
+
+    The two arrays of positions are broadcast against each other.
+    """
+    mask = keys <= queries
+    if config.sliding_window is not None:
+        mask &= queries - keys < config.sliding_window
+    return mask
+
+
 def attention_inputs(
     x: Float[Array, "batch time hidden"],
     weights: LayerParams,
@@ -114,10 +129,15 @@ def attention_inputs(
     batch, time, _ = x.shape
     normed = rms_norm(x, kernels.norm_weight(weights.attn_norm, rows), config.norm_eps)
 
-    def heads(kernel: Any) -> Array:
-        return kernels.project(normed, kernel, rows).reshape(batch, time, -1, config.head_dim)
+    def heads(kernel: Any, bias: Any) -> Array:
+        y = kernels.project(normed, kernel, rows)
+        if bias is not None:
+            y = y + kernels.norm_weight(bias, rows)
+        return y.reshape(batch, time, -1, config.head_dim)
 
-    q, k, v = heads(weights.q), heads(weights.k), heads(weights.v)
+    q = heads(weights.q, weights.q_bias)
+    k = heads(weights.k, weights.k_bias)
+    v = heads(weights.v, weights.v_bias)
     return rotate(q, *rope), rotate(k, *rope), v
 
 

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from cycleqd_jax.merging.spectral import gain_layout, materialise
 from cycleqd_jax.progress import Progress
+from cycleqd_jax.runs.compatibility import compatibility_report, compatibility_tables
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.curves import plot_curves
 from cycleqd_jax.runs.evaluate import Evaluator
@@ -77,6 +78,7 @@ def evolve(
             return done
         clock = Clock()
         workspace = open_workspace(config)
+        _report_compatibility(console, workspace, folder)
         console.print(
             f"basis: rank {_ranks(workspace)} of each of {len(workspace.experts)} experts, "
             f"retained energy {workspace.report.mean():.4f} "
@@ -90,6 +92,16 @@ def evolve(
             result = _finish(workspace, evaluator, search, folder, clock, train_seconds, command)
         _show(console, result, folder)
         return result
+
+
+def _report_compatibility(console: Console, workspace: Workspace, folder: RunFolder) -> None:
+    """Show how the experts relate to each other; a resumed run reads it back."""
+    if not folder.compatibility_file.exists():
+        write_json_atomic(folder.compatibility_file, compatibility_report(workspace))
+    for table in compatibility_tables(read_json(folder.compatibility_file)):
+        console.print(table)
+    for note in workspace.notes:
+        console.print(f"note: {note}", soft_wrap=True)
 
 
 def _finish(
@@ -108,7 +120,7 @@ def _finish(
     uniform = choose_uniform(workspace, evaluator, problems)
     clock.lap("evolve")
     models = {"base": workspace.base}
-    models |= {f"expert/{name}": params for name, params in workspace.experts.items()}
+    models |= {f"expert/{name}": workspace.expert_params(name) for name in workspace.experts}
     chosen = {
         "merge/uniform": uniform,
         "cycleqd/best": finals.best,

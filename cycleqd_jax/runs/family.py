@@ -30,13 +30,14 @@ from cycleqd_jax.training.tokenizer import render_conversations, train_tokenizer
 
 # A few thousand problems hold every word there is.
 _TOKENIZER_PROBLEMS = 6000
+_FINGERPRINT_PROBLEMS = 64
 
 Row = tuple[Sequence[int], Sequence[int]]
 
 
 @dataclass(frozen=True)
 class FamilyConfig:
-    """What the family is made of; equal configs share one folder of the cache.
+    """What the family is made of; equal configs and equal tasks share one folder of the cache.
 
     Attributes:
         tasks: names of the skills, one expert each.
@@ -64,18 +65,12 @@ class FamilyConfig:
     heads: int = 4
     problems: int = 6000
     difficulty: int = 1
-    chats: float = 0.04
+    chats: float = 0.01
     replay: float = 0.2
     base: TrainConfig = field(default_factory=lambda: TrainConfig(2000, 32, 3e-3))
     expert: TrainConfig = field(default_factory=lambda: TrainConfig(0, 32, 1e-3))
     expert_steps: tuple[int, ...] = (150, 400, 400)
     seed: int = 0
-
-    @property
-    def key(self) -> str:
-        """A short name that changes with any of the settings."""
-        text = json.dumps(asdict(self), sort_keys=True)
-        return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -99,9 +94,9 @@ def default_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cycleqd_jax"
 
 
-def family_folders(cache: Path, config: FamilyConfig) -> Family:
+def family_folders(cache: Path, config: FamilyConfig, tasks: Sequence[Task]) -> Family:
     """Name the folders of a family, whether they exist or not."""
-    folder = cache / f"family-{config.key}"
+    folder = cache / f"family-{_fingerprint(config, tasks)}"
     return Family(folder / "base", {task: folder / f"expert-{task}" for task in config.tasks})
 
 
@@ -110,16 +105,14 @@ def make_family(cache: Path, config: FamilyConfig, tasks: Sequence[Task]) -> Fam
 
     A model is saved as soon as it is trained, so that an interrupted start loses one at most.
     """
-    family = family_folders(cache, config)
+    family = family_folders(cache, config, tasks)
     missing = {name: path for name, path in family.experts.items() if not path.exists()}
     if family.base.exists() and not missing:
         return family
     family.base.parent.mkdir(parents=True, exist_ok=True)
     write_json_atomic(family.base.parent / "family.json", asdict(config), sort_keys=True)
     problems = {
-        task.name: task.problems(
-            "train", config.problems, seed=config.seed, difficulty=config.difficulty
-        )
+        task.name: _problems(config, task, config.problems)
         for task in track(tasks, "training problems")
     }
     every = [problem for drawn in problems.values() for problem in drawn]
@@ -143,6 +136,20 @@ def make_family(cache: Path, config: FamilyConfig, tasks: Sequence[Task]) -> Fam
         params = _train(f"expert {name}", params, architecture, [*own, *again], tokenizer, settings)
         save_model(folder, architecture, params, like=family.base)
     return family
+
+
+def _problems(config: FamilyConfig, task: Task, count: int) -> Sequence[Problem]:
+    return task.problems("train", count, seed=config.seed, difficulty=config.difficulty)
+
+
+def _fingerprint(config: FamilyConfig, tasks: Sequence[Task]) -> str:
+    """A short name that changes with the settings and with what the tasks teach."""
+    # A sample of the problems: a changed generator must not find the models of the former one,
+    # whose training text may hold what is now a test.
+    count = min(_FINGERPRINT_PROBLEMS, config.problems)
+    sample = [[repr(p) for p in _problems(config, task, count)] for task in tasks]
+    text = json.dumps([asdict(config), sample], sort_keys=True)
+    return hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
 
 
 def _texts(problems: Sequence[Problem]) -> list[str]:

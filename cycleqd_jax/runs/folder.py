@@ -28,8 +28,8 @@ class RunFolderError(ValueError):
 class RunFolder:
     """An opened run folder, locked against a second process until `close` (or the process ends).
 
-    Layout: ``config.json``, ``metrics.jsonl``, ``lineage.jsonl``, ``archives.png``, ``curves.png``,
-    ``summary.json``, ``checkpoints/``, ``best/``, ``aggregate/``.
+    Layout: ``config.json``, ``compatibility.json``, ``metrics.jsonl``, ``lineage.jsonl``,
+    ``archives.png``, ``curves.png``, ``summary.json``, ``checkpoints/``, ``best/``, ``aggregate/``.
 
     Attributes:
         path: the folder.
@@ -84,6 +84,11 @@ class RunFolder:
     def config_file(self) -> Path:
         """The settings the run was started with."""
         return self.path / "config.json"
+
+    @property
+    def compatibility_file(self) -> Path:
+        """How the experts relate to the base and to each other."""
+        return self.path / "compatibility.json"
 
     @property
     def metrics_file(self) -> Path:

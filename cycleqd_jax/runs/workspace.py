@@ -9,15 +9,15 @@ import jax
 from threadpoolctl import threadpool_limits
 
 from cycleqd_jax.merging.decomposition import DecompositionReport
-from cycleqd_jax.merging.spectral import decompose
+from cycleqd_jax.merging.low_rank import decompose_low_rank, join_experts
+from cycleqd_jax.merging.spectral import decompose, expert_gains, materialise
 from cycleqd_jax.merging.task_vector import task_vector
+from cycleqd_jax.models.compatibility import check_family
+from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.convert import load_model
-from cycleqd_jax.models.specs import LlamaConfig, roles
-from cycleqd_jax.models.tokenizer import (
-    check_same_architecture,
-    check_same_tokenizer,
-    load_tokenizer,
-)
+from cycleqd_jax.models.lora import is_adapter, load_adapter
+from cycleqd_jax.models.specs import roles
+from cycleqd_jax.models.tokenizer import load_tokenizer
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.tasks.base import Problem, Task
 from cycleqd_jax.tasks.registry import make_tasks
@@ -31,11 +31,12 @@ class Workspace:
         config: what was asked for.
         architecture: of base and experts.
         base: the base's parameters.
-        experts: expert name → parameters.
+        experts: expert name → parameters, or the low-rank updates of a LoRA expert.
         basis: the experts' task vectors as rank-one directions.
         report: how much of every task vector the basis keeps.
         tokenizer: the base's.
         tasks: the skills, one archive each.
+        notes: what differs between base and experts without harm, a sentence each.
     """
 
     config: RunConfig
@@ -46,6 +47,14 @@ class Workspace:
     report: DecompositionReport
     tokenizer: Any
     tasks: Sequence[Task]
+    notes: Sequence[str] = ()
+
+    def expert_params(self, name: str) -> Any:
+        """An expert's weights; those of a LoRA expert are built here, in the base's dtype."""
+        if not is_adapter(self.config.experts[name]):
+            return self.experts[name]
+        gains = expert_gains(self.basis, list(self.experts).index(name))
+        return jax.jit(materialise)(self.base, self.basis, gains)
 
     def problems(self, split: Any, count: int, seed: int) -> dict[str, Sequence[Problem]]:
         """Draw problems of every task."""
@@ -56,28 +65,22 @@ class Workspace:
 
 
 def open_workspace(config: RunConfig) -> Workspace:
-    """Load and check everything a run starts from.
+    """Load and check everything a run starts from; an expert is a model or a PEFT adapter.
 
     Raises:
         ValueError: an unknown task, a folder that is no model, an expert of another architecture,
             or with another tokenizer than the base.
     """
     tasks = make_tasks(config.tasks)
+    folders = {name: Path(folder) for name, folder in config.experts.items()}
+    notes = check_family(Path(config.base), folders)
     architecture, base = load_model(config.base)
     tokenizer = load_tokenizer(config.base)
-    experts = {}
-    for name, folder in config.experts.items():
-        other, params = load_model(folder)
-        check_same_architecture({config.base: architecture, folder: other})
-        check_same_tokenizer(Path(config.base), Path(folder))
-        experts[name] = params
-    vectors = [task_vector(params, base) for params in experts.values()]
-    # The many small eigenproblems are up to a hundred times slower when BLAS threads of a busy
-    # machine wait for each other.
-    with threadpool_limits(1, user_api="blas"):
-        basis, report = jax.block_until_ready(
-            decompose(vectors, roles(architecture), config.rank, base=base)
-        )
+    experts = {
+        name: load_adapter(folder, architecture) if is_adapter(folder) else load_model(folder)[1]
+        for name, folder in folders.items()
+    }
+    basis, report = _decompose(config, architecture, base, experts)
     return Workspace(
         config=config,
         architecture=architecture,
@@ -87,4 +90,24 @@ def open_workspace(config: RunConfig) -> Workspace:
         report=report,
         tokenizer=tokenizer,
         tasks=tasks,
+        notes=notes,
     )
+
+
+def _decompose(
+    config: RunConfig, architecture: LlamaConfig, base: Any, experts: Mapping[str, Any]
+) -> tuple[Any, DecompositionReport]:
+    """One basis of full experts and LoRA experts, in the order of the config."""
+    names = list(experts)
+    adapters = [name for name in names if is_adapter(config.experts[name])]
+    full = [name for name in names if name not in adapters]
+    policy = roles(architecture)
+    parts = []
+    if full:
+        vectors = [task_vector(experts[name], base) for name in full]
+        # The many small eigenproblems are up to a hundred times slower when BLAS threads of a busy
+        # machine wait for each other.
+        with threadpool_limits(1, user_api="blas"):
+            parts.append(jax.block_until_ready(decompose(vectors, policy, config.rank, base=base)))
+    parts += [decompose_low_rank(experts[name], policy, config.rank) for name in adapters]
+    return join_experts(parts, [[*full, *adapters].index(name) for name in names])

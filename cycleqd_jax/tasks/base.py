@@ -16,7 +16,7 @@ from cycleqd_jax.sandbox.base import Job, Outcome
 
 Split = Literal["train", "search", "test"]
 
-# Six, two and two problems of every ten; a problem's own text decides where it belongs.
+# Six, two and two problems of every ten; a problem's solution decides where it belongs.
 _SPLIT_OF_DIGIT: tuple[Split, ...] = (*("train",) * 6, *("search",) * 2, *("test",) * 2)
 
 
@@ -66,6 +66,7 @@ class Problem:
     Attributes:
         prompt: the user's message. It identifies the problem: equal prompts are equal problems.
         answers: what an ideal agent says, turn by turn.
+        solution: what solves it, whatever the wording: problems of one solution share a split.
         observations: what the environment answers between those turns (one fewer than answers).
         document: the same content as plain text that is no conversation, for pretraining.
         kind: which of the task's question families it belongs to, for reports.
@@ -73,6 +74,7 @@ class Problem:
 
     prompt: str
     answers: tuple[str, ...]
+    solution: str
     observations: tuple[str, ...] = ()
     document: str
     kind: str
@@ -108,9 +110,13 @@ class Task(Protocol):
         """Start an attempt at one problem."""
 
 
-def split_of(prompt: str) -> Split:
-    """Return the split of a problem: a function of its prompt alone, so splits are disjoint."""
-    digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
+def split_of(solution: str) -> Split:
+    """Return the split of a problem: a function of its solution alone.
+
+    So splits are disjoint in what has to be found out: another wording, or another name for the
+    function, never brings a training problem back as a test.
+    """
+    digest = hashlib.blake2b(solution.encode(), digest_size=8).digest()
     return _SPLIT_OF_DIGIT[int.from_bytes(digest) % len(_SPLIT_OF_DIGIT)]
 
 
@@ -134,7 +140,7 @@ def draw_problems(
     misses = 0
     while len(found) < count:
         problem = make(rng, difficulty)
-        if problem.prompt in found or split_of(problem.prompt) != split:
+        if problem.prompt in found or split_of(problem.solution) != split:
             misses += 1
             if misses > 1000 + 50 * count:
                 raise ValueError(

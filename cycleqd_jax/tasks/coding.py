@@ -71,7 +71,7 @@ REDUCTIONS = (
     Part("smallest", "min([{}], default=0)", lambda xs: min(xs, default=0)),
     Part("list", "[{}]", list),
     Part("sorted list", "sorted({})", sorted),
-    Part("set", "set({})", lambda xs: sorted(set(xs))),
+    Part("set", "set({})", lambda xs: {"set": sorted(set(xs))}),
 )
 TEMPLATES = (
     "Write a Python function {name} that returns the {what}.",
@@ -90,7 +90,7 @@ exec(compile(task["source"], "solution.py", "exec"), space)
 results = []
 for arguments in task["calls"]:
     value = space[task["function"]](*arguments)
-    results.append(sorted(value) if isinstance(value, (set, frozenset)) else value)
+    results.append({"set": sorted(value)} if isinstance(value, (set, frozenset)) else value)
 json.dump(results, answer)
 answer.flush()
 """
@@ -98,7 +98,13 @@ answer.flush()
 
 @dataclass(frozen=True, kw_only=True)
 class CodingProblem(Problem):
-    """A function to write, with the calls that test it and their results."""
+    """A function to write, with the calls that test it and their results.
+
+    Attributes:
+        function: its name.
+        calls: the arguments of every call.
+        expected: the results, in JSON's types; a set is ``{"set": its sorted members}``.
+    """
 
     function: str
     calls: tuple[tuple[list[int]], ...]
@@ -128,7 +134,7 @@ class CodingTask:
         }
         outcome = yield Run(Job(kind="python", source=_JUDGE, stdin=json.dumps(payload)))
         assert isinstance(outcome, Outcome)
-        return float(outcome.status == "ok" and _results(outcome.stdout) == list(problem.expected))
+        return float(outcome.status == "ok" and _same(outcome.stdout, problem.expected))
 
 
 def make_problem(rng: random.Random, difficulty: int) -> CodingProblem:
@@ -168,6 +174,7 @@ def make_problem(rng: random.Random, difficulty: int) -> CodingProblem:
     return CodingProblem(
         prompt=prompt,
         answers=(code,),
+        solution=expression,
         document=f"# {what}\n{expression}",
         kind=reduction.words,
         function=name,
@@ -189,9 +196,11 @@ def _draw(rng: random.Random, parts: tuple[Part, ...]) -> tuple[Part, int]:
     return rng.choice(parts), rng.randint(2, 9)
 
 
-def _results(stdout: str) -> Any:
+def _same(stdout: str, expected: tuple[Any, ...]) -> bool:
+    """Whether the results are the expected ones, in value and in type: True is not 1."""
     try:
-        return json.loads(stdout)
+        # Python calls True, 1 and 1.0 equal; their JSON texts differ.
+        return json.dumps(json.loads(stdout)) == json.dumps(expected)
     except (ValueError, RecursionError):
         # The program may have written what it liked: no JSON, a number of 5000 digits, a deep nest.
-        return None
+        return False

@@ -1,7 +1,8 @@
 """The database skill: an agent of two turns over a SQLite database made for the problem.
 
 The model writes one SQL statement, sees what running it gave, then answers. Questions are judged by
-the answer, inserts and updates by the table they leave behind.
+the answer, which must have been seen in the result, inserts and updates by the table they leave
+behind. Nobody may answer from a statement that failed, or change a table to answer a question.
 """
 
 import json
@@ -120,12 +121,14 @@ class DatabaseProblem(Problem):
     Attributes:
         setup: the script that makes the table.
         dump: the query that lists the table's rows in a fixed order.
-        state: the rows a correct change leaves (None for questions: nothing has to change).
+        state: the rows a correct agent leaves; those of the start when it is a question.
+        changes: whether the table is to be changed rather than asked.
     """
 
     setup: str
     dump: str
-    state: list[list[Any]] | None
+    state: list[list[Any]]
+    changes: bool
 
 
 @dataclass(frozen=True)
@@ -141,7 +144,7 @@ class DatabaseTask:
         return draw_problems(make_problem, split, count, seed, difficulty)
 
     def episode(self, problem: Problem) -> Episode:
-        """Ask for SQL, run it, show the result, ask for the answer; score answer or table."""
+        """Ask for SQL, run it, show the result, ask for the answer; score answer and table."""
         assert isinstance(problem, DatabaseProblem)
         history = [Message("user", problem.prompt)]
         text = str((yield Ask(tuple(history))))
@@ -154,14 +157,17 @@ class DatabaseTask:
         if outcome.status != "ok":
             return 0.0
         result = json.loads(outcome.stdout)
-        observation = (
-            f"error: {result['error'][:60]}" if result["error"] else show_rows(result["rows"])
-        )
+        failed = result["error"] is not None
+        observation = f"error: {result['error'][:60]}" if failed else show_rows(result["rows"])
         history += [Message("assistant", text), Message("user", observation)]
         answer = str((yield Ask(tuple(history))))
-        if problem.state is not None:
-            return float(result["state"] == problem.state and answer.startswith("Answer:"))
-        return float(answer.strip() == problem.answers[-1])
+        if failed or result["state"] != problem.state:
+            return 0.0
+        if problem.changes:
+            return float(answer.startswith("Answer:"))
+        # An answer that the result did not show is a guess, be it right.
+        right = problem.answers[-1]
+        return float(answer.strip() == right and right.removeprefix("Answer: ") in observation)
 
 
 def show_rows(rows: list[list[Any]] | None) -> str:
@@ -184,10 +190,8 @@ def make_problem(rng: random.Random, difficulty: int) -> DatabaseProblem:
     """Draw one problem; difficulty 2 and more joins that many conditions."""
     while True:
         problem = _draw_problem(rng, difficulty)
-        if problem.state is None:
-            return problem
         before = _run(problem.setup, problem.dump, problem.dump)[1]
-        if problem.state != before:
+        if not problem.changes or problem.state != before:
             return problem  # else doing nothing would be right: draw again
 
 
@@ -211,12 +215,14 @@ def _draw_problem(rng: random.Random, difficulty: int) -> DatabaseProblem:
     return DatabaseProblem(
         prompt=prompt,
         answers=(f"SQL: {sql}", "Answer: done" if changes else f"Answer: {show_rows(rows)}"),
+        solution=sql,
         observations=(show_rows(rows),),
         document=f"-- {request}\n{sql};\n-- {show_rows(rows)}",
         kind=kind,
         setup=setup,
         dump=dump,
-        state=state if changes else None,
+        state=state,
+        changes=changes,
     )
 
 

@@ -1,6 +1,7 @@
 """The shell skill: one bash command over a file tree made for the problem.
 
-Questions are judged by what the command prints, changes by the tree it leaves behind.
+Questions are judged by what the command prints, changes by the tree it leaves behind. The command
+must succeed, and a question must leave the tree as it was.
 """
 
 import random
@@ -67,13 +68,13 @@ class ShellProblem(Problem):
 
     Attributes:
         tree: what is there before the command: path → text, and "folder/" → "" for every folder.
-        prints: the expected output (stripped), or None when the tree is judged.
-        leaves: the expected tree afterwards, or None when the output is judged.
+        prints: the expected output (stripped), or None for a change, which may print anything.
+        leaves: the expected tree afterwards; the same tree for a question.
     """
 
     tree: Tree
     prints: str | None
-    leaves: Tree | None
+    leaves: Tree
 
 
 @dataclass(frozen=True)
@@ -89,16 +90,14 @@ class ShellTask:
         return draw_problems(make_problem, split, count, seed, difficulty)
 
     def episode(self, problem: Problem) -> Episode:
-        """Ask for the command once, run it, score what it printed or left."""
+        """Ask for the command once, run it, score what it printed and left."""
         assert isinstance(problem, ShellProblem)
         text = yield Ask((Message("user", problem.prompt),))
-        changes = problem.leaves is not None
-        job = Job(kind="bash", source=strip_fence(str(text)), files=problem.tree, snapshot=changes)
-        outcome = yield Run(job)
+        source = strip_fence(str(text))
+        outcome = yield Run(Job(kind="bash", source=source, files=problem.tree, snapshot=True))
         assert isinstance(outcome, Outcome)
-        if changes:
-            return float(outcome.files == problem.leaves)
-        return float(outcome.status == "ok" and outcome.stdout.strip() == problem.prints)
+        said = problem.prints in (None, outcome.stdout.strip())
+        return float(outcome.status == "ok" and said and outcome.files == problem.leaves)
 
 
 def make_problem(rng: random.Random, difficulty: int) -> ShellProblem:
@@ -117,6 +116,7 @@ def make_problem(rng: random.Random, difficulty: int) -> ShellProblem:
     return ShellProblem(
         prompt=prompt,
         answers=(command,),
+        solution=command,
         document=f"# {prompt}\n$ {command}",
         kind=goals[-1].kind,
         tree=tree,
@@ -130,14 +130,14 @@ def _draw_goal(rng: random.Random, *, query: bool) -> Goal:
     return rng.choice(makers)(rng, rng.choice(FOLDERS))
 
 
-def _achieve(goals: list[Goal], tree: Tree) -> tuple[str | None, Tree | None]:
+def _achieve(goals: list[Goal], tree: Tree) -> tuple[str | None, Tree]:
     """Work out what a right command prints, or leaves.
 
     Raises KeyError if a goal needs a file that is gone, or changes nothing: its command would fail
     and end the chain, or doing nothing would be right.
     """
     if goals[-1].prints is not None:
-        return goals[-1].prints(tree), None
+        return goals[-1].prints(tree), tree
     leaves = dict(tree)
     for goal in goals:
         assert goal.leaves is not None

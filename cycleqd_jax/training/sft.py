@@ -103,10 +103,11 @@ def train(
 
 def make_optimiser(settings: TrainConfig) -> optax.GradientTransformation:
     """AdamW with warm-up, cosine decay and clipping."""
+    warmup = max(1, round(settings.warmup * settings.steps))
     schedule = optax.warmup_cosine_decay_schedule(
-        init_value=0.0,
+        init_value=settings.learning_rate / warmup,  # from 0 the first update would do nothing
         peak_value=settings.learning_rate,
-        warmup_steps=max(1, round(settings.warmup * settings.steps)),
+        warmup_steps=warmup,
         decay_steps=max(2, settings.steps),
         end_value=0.1 * settings.learning_rate,
     )

@@ -1,14 +1,21 @@
 """Random models made by numpy: drawing them with JAX would compile a program per shape."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors
-from cycleqd_jax.models.specs import LeafSpec, LlamaConfig, leaf_table
+from cycleqd_jax.models.config import LlamaConfig
+from cycleqd_jax.models.specs import LeafSpec, leaf_table
+
+VOCAB = {"<pad>": 0, "<eos>": 1, "a": 2, "b": 3, "c": 4, "<unk>": 5}
+TEMPLATE = "{% for m in messages %}{{ m.content }}<eos>{% endfor %}"
 
 
 def draw_params(config: LlamaConfig, seed: int = 0, scale: float = 1.0) -> Any:
@@ -48,6 +55,28 @@ def draw_population(
 
     table = leaf_table(config)
     return jax.tree.map(factors, table), jax.tree.map(gains, table)
+
+
+def save_tokenizer(
+    folder: Path,
+    vocab: dict[str, int] | None = None,
+    template: str | None = TEMPLATE,
+    split: Callable[[], Any] = pre_tokenizers.Whitespace,
+    **special: str,
+) -> Path:
+    """A tokenizer of six words, with changes: more `vocab`, another `template`, ..."""
+    backend = Tokenizer(models.WordLevel(VOCAB | (vocab or {}), unk_token="<unk>"))
+    backend.pre_tokenizer = split()
+    names = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"} | special
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+    tokenizer.chat_template = template
+    tokenizer.save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def write_tokenizer() -> Callable[..., Path]:
+    return save_tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,10 @@
 import dataclasses
 import errno
 import json
+import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,10 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from cycleqd_jax.models import convert
-from cycleqd_jax.models.convert import load_config, load_model, save_model
+from cycleqd_jax.models.config import LlamaConfig
+from cycleqd_jax.models.convert import check_weights, load_config, load_model, save_model
 from cycleqd_jax.models.kernels import SpectralKernel
 from cycleqd_jax.models.llama import forward
-from cycleqd_jax.models.specs import LlamaConfig
 
 CONFIG = LlamaConfig(40, 16, 24, 2, 4, 2, 4, eos_ids=(2,), bos_id=1, pad_id=0)
 Make = Callable[..., Any]
@@ -78,6 +81,97 @@ def test_a_dtype_can_be_asked_for(saved: Path) -> None:
         load_model(saved, dtype="int8")
 
 
+def test_weights_beyond_a_size_go_to_shards(saved: Path, tmp_path: Path) -> None:
+    config, params = load_model(saved)
+    folder = save_model(tmp_path / "shards", config, params, max_shard_size=3000)
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 3
+    assert not (folder / "model.safetensors").exists()
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    whole = load_file(saved / "model.safetensors")
+    assert set(index["weight_map"]) == set(whole)
+    for shard in shards:
+        tensors = load_file(shard)
+        assert sum(t.nbytes for t in tensors.values()) <= 3000 or len(tensors) == 1
+        assert all(same_bits(tensor, whole[name]) for name, tensor in tensors.items())
+    assert jax.tree.all(jax.tree.map(same_bits, params, load_model(folder)[1]))
+    with pytest.raises(ValueError, match="max_shard_size must be at least 1 byte, got 0"):
+        save_model(tmp_path / "none", config, params, max_shard_size=0)
+
+
+def test_a_generation_config_is_kept(saved: Path, tmp_path: Path) -> None:
+    config, params = load_model(saved)
+    (saved / "tokenizer.json").write_text("{}")
+    (saved / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    folder = save_model(tmp_path / "new", config, params, like=saved)
+    assert (folder / "generation_config.json").read_text() == '{"eos_token_id": [2, 5]}'
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_not_finite_are_named(
+    dtype: str, bad: float, tmp_path: Path, make_params: Make
+) -> None:
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    params = make_params(config, 0)
+    down = params.layers.down.at[1, 3, 2].set(bad)
+    folder = save_model(
+        tmp_path / "m", config, params.replace(layers=params.layers.replace(down=down))
+    )
+    message = r"model\.safetensors: tensor model\.layers\.1\.mlp\.down_proj\.weight: expected "
+    with pytest.raises(ValueError, match=message + f"finite weights, found {bad} in row 2"):
+        load_model(folder)
+
+
+def test_weights_that_a_dtype_cannot_hold_are_named(saved: Path) -> None:
+    rewrite(saved, lambda t: t.update({Q0: t[Q0] * np.float32(1e9)}))
+    with pytest.raises(ValueError, match=rf"{Q0}: expected finite .*as F32, read as float16"):
+        load_model(saved, dtype="float16")
+    load_model(saved, dtype="bfloat16")
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import jax, numpy as np
+jax.config.update("jax_num_cpu_devices", 4)
+from jax.sharding import NamedSharding, PartitionSpec as P
+from cycleqd_jax.models.convert import load_model
+from cycleqd_jax.models.specs import leaf_table
+folder = sys.argv[1]
+config, whole = load_model(folder)
+mesh = jax.make_mesh((2, 2), ("population", "model"))
+rule = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model"}
+def place(spec):
+    axes = [rule.get(axis) for axis in spec.axes]
+    return NamedSharding(mesh, P(*([None] if spec.stacked else []), *axes))
+places = jax.tree.map(place, leaf_table(config))
+_, params = load_model(folder, sharding=places)
+def check(leaf, other, wanted):
+    assert leaf.sharding == wanted, leaf.sharding
+    assert np.asarray(leaf).tobytes() == np.asarray(other).tobytes()
+jax.tree.map(check, params, whole, places)
+assert len(params.layers.q.addressable_shards) == 4
+_, copies = load_model(folder, sharding=NamedSharding(mesh, P()))
+jax.tree.map(lambda a, b: check(a, b, NamedSharding(mesh, P())), copies, whole)
+try:
+    load_model(folder, sharding=NamedSharding(jax.make_mesh((4,), ("model",)), P("model")))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_leaves_go_to_the_devices_that_own_them(saved: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(saved)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(
+        r"leaf layers\.attn_norm: expected a sharding that divides its shape \(2, 16\)", done.stdout
+    )
+
+
 def test_shards_load_like_one_file(saved: Path) -> None:
     expected = load_model(saved)[1]
     tensors = load_file(saved / "model.safetensors")
@@ -127,8 +221,9 @@ def test_shards_load_like_one_file(saved: Path) -> None:
 )
 def test_tensors_that_do_not_fit_are_named(saved: Path, change: Any, message: str) -> None:
     rewrite(saved, change)
-    with pytest.raises(ValueError, match=rf"model\.safetensors.*{message}"):
-        load_model(saved)
+    for read in (load_model, check_weights):
+        with pytest.raises(ValueError, match=rf"model\.safetensors.*{message}"):
+            read(saved)
 
 
 def test_rotary_buffers_of_old_exports_are_ignored(saved: Path) -> None:
@@ -153,9 +248,6 @@ def test_a_tied_model_may_repeat_its_head_but_not_change_it(
 def test_folders_without_a_model_are_refused(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="found no such folder"):
         load_config(tmp_path / "nowhere")
-    (saved / "model.safetensors").write_bytes(b"not tensors at all")
-    with pytest.raises(ValueError, match=r"model\.safetensors: not a readable safetensors file"):
-        load_model(saved)
     (saved / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"expected weights in model.safetensors .* found neither"):
         load_model(saved)
@@ -244,17 +336,36 @@ def test_tokenizer_files_are_copied_from_another_folder(saved: Path, tmp_path: P
     assert (folder / "tokenizer.json").read_text() == "{}"
 
 
+def test_transformers_reads_the_tokenizer_and_the_generation_config(
+    saved: Path, tmp_path: Path, write_tokenizer: Callable[..., Path]
+) -> None:
+    from transformers import AutoTokenizer, GenerationConfig
+
+    write_tokenizer(saved)
+    config, params = load_model(saved)
+    folder = save_model(tmp_path / "new", config, params, like=saved)
+    ours, theirs = (AutoTokenizer.from_pretrained(path) for path in (folder, saved))
+    assert ours.chat_template == theirs.chat_template
+    assert ours("a c b")["input_ids"] == theirs("a c b")["input_ids"] == [2, 4, 3]
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == 2
+
+
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"architecture": "mistral", "sliding_window": 4}, {"architecture": "qwen2"}],
+    ids=["llama", "mistral", "qwen2"],
+)
 def test_transformers_loads_a_saved_folder(
-    tied: bool, dtype: str, tmp_path: Path, make_params: Make
+    tied: bool, dtype: str, own: dict[str, Any], tmp_path: Path, make_params: Make
 ) -> None:
     torch = pytest.importorskip("torch")
     from transformers import AutoModelForCausalLM
 
-    config = dataclasses.replace(CONFIG, tie_embeddings=tied, dtype=dtype)
+    config = dataclasses.replace(CONFIG, tie_embeddings=tied, dtype=dtype, **own)
     params = make_params(config, 0)
-    folder = save_model(tmp_path / "m", config, params)
+    folder = save_model(tmp_path / "m", config, params, max_shard_size=4000)
     model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
     assert not any(info.values())
     assert str(model.dtype) == f"torch.{dtype}"

@@ -34,7 +34,11 @@ def bin_number(score, lower, upper, bins):
 
 
 def cell_of(scores, k, ranges, bins):
-    return tuple(bin_number(scores[i], *ranges[i], bins) for i in range(len(scores)) if i != k)
+    cell = []
+    for task, (lower, upper) in enumerate(ranges):
+        if task != k:
+            cell.append(bin_number(scores[task], lower, upper, bins))
+    return tuple(cell)
 
 
 def factors(column):

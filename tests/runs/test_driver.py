@@ -7,20 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from cycleqd_jax.models.convert import load_model, save_model
-from cycleqd_jax.runs import family as family_module
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.driver import evolve
 from cycleqd_jax.runs.evaluate import Evaluator
-from cycleqd_jax.runs.family import Family, FamilyConfig, make_family
+from cycleqd_jax.runs.family import Family
 from cycleqd_jax.runs.folder import RunFolderError
 from cycleqd_jax.runs.jsonl import read_jsonl
 from cycleqd_jax.runs.lineage import read_births
-from cycleqd_jax.tasks.registry import make_tasks
 
 TASKS = ("coding", "database", "shell")
 ROWS = [
@@ -185,39 +182,6 @@ def test_a_sandbox_that_cannot_start_ends_the_run_before_the_search(
     with pytest.raises(SandboxUnavailable, match="install"):
         evolve(config, tmp_path / "run")
     assert not (tmp_path / "run" / "lineage.jsonl").exists()
-
-
-def test_a_family_is_made_once(
-    family: Family, tiny: FamilyConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(family_module, "train", _fail)
-    assert make_family(family.base.parent.parent, tiny, make_tasks(TASKS)) == family
-
-
-def test_a_lost_expert_is_trained_again_alone(
-    family: Family, tiny: FamilyConfig, tmp_path: Path
-) -> None:
-    cache = tmp_path / "cache"
-    shutil.copytree(family.base.parent, cache / family.base.parent.name)
-    shutil.rmtree(cache / family.base.parent.name / "expert-shell")
-    again = make_family(cache, tiny, make_tasks(TASKS))
-    first, second = (load_model(f.experts["shell"])[1] for f in (family, again))
-    assert jax.tree.all(jax.tree.map(np.array_equal, first, second))
-
-
-def test_the_family_loads_in_transformers_with_the_same_logits(family: Family) -> None:
-    torch = pytest.importorskip("torch")
-    transformers = pytest.importorskip("transformers")
-    from cycleqd_jax.models.llama import forward
-
-    tokens = np.arange(4, 36).reshape(2, 16)
-    for folder in (family.base, *family.experts.values()):
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-        with torch.no_grad():
-            theirs = model(torch.tensor(tokens)).logits.numpy()
-        architecture, params = load_model(folder)
-        ours = np.asarray(forward(params, architecture, jnp.asarray(tokens)))
-        assert np.abs(ours - theirs).max() <= 2e-4
 
 
 def _lineage(run: Path) -> list[dict[str, Any]]:

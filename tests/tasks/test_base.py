@@ -39,7 +39,7 @@ def draw(name: str, split: Split, count: int, **options: int) -> Sequence[Proble
 def word_problem(rng: random.Random, difficulty: int) -> Problem:
     """One of 40 problems."""
     prompt = f"p{difficulty}-{rng.randrange(40)}"
-    return Problem(prompt=prompt, answers=("a",), document="", kind="k")
+    return Problem(prompt=prompt, answers=("a",), solution=prompt, document="", kind="k")
 
 
 def test_every_task_has_its_maker_tested_here() -> None:
@@ -47,21 +47,30 @@ def test_every_task_has_its_maker_tested_here() -> None:
 
 
 @every_task
-def test_no_prompt_is_in_two_splits(name: str) -> None:
-    prompts: dict[str, set[str]] = {split: set() for split in SPLITS}
+@pytest.mark.parametrize("what", ["prompt", "solution"])
+def test_no_problem_is_in_two_splits(name: str, what: str) -> None:
+    found: dict[str, set[str]] = {split: set() for split in SPLITS}
     for split in SPLITS:
         for seed in (0, 7):
             for difficulty in (1, 2, 3):
                 drawn = draw(name, split, 30, seed=seed, difficulty=difficulty)
-                prompts[split].update(problem.prompt for problem in drawn)
-    assert min(map(len, prompts.values())) > 150
-    assert len(set.union(*prompts.values())) == sum(map(len, prompts.values()))
+                found[split].update(getattr(problem, what) for problem in drawn)
+    assert min(map(len, found.values())) > 120
+    assert len(set.union(*found.values())) == sum(map(len, found.values()))
+
+
+@every_task
+def test_a_test_problem_in_other_words_is_no_training_problem(name: str) -> None:
+    # What an expert is trained on: whole texts, whatever their first line calls things.
+    learnt = {p.document.split("\n", 1)[-1] for p in draw(name, "train", 1500)}
+    asked = {p.document.split("\n", 1)[-1] for p in draw(name, "test", 150)}
+    assert not learnt & asked
 
 
 @every_task
 def test_drawn_problems_belong_to_the_split_that_was_asked_for(name: str) -> None:
     for split in SPLITS:
-        assert {split_of(problem.prompt) for problem in draw(name, split, 40)} == {split}
+        assert {split_of(problem.solution) for problem in draw(name, split, 40)} == {split}
 
 
 def test_split_of_never_changes() -> None:
@@ -70,7 +79,7 @@ def test_split_of_never_changes() -> None:
     assert "".join(split[1] for split in found) == "eereerrerrrr"
 
 
-def test_split_of_shares_prompts_out_six_two_two() -> None:
+def test_split_of_shares_solutions_out_six_two_two() -> None:
     counts = Counter(split_of(f"Count the {number} things.") for number in range(5000))
     assert {split: round(counts[split] / 500) for split in SPLITS} == {
         "train": 6,
@@ -156,6 +165,6 @@ def test_a_demonstration_is_the_whole_ideal_conversation(name: str) -> None:
 
 
 def test_a_demonstration_without_its_observation_is_an_error() -> None:
-    problem = Problem(prompt="p", answers=("a", "b"), document="", kind="k")
+    problem = Problem(prompt="p", answers=("a", "b"), solution="", document="", kind="k")
     with pytest.raises(ValueError, match="zip"):
         _ = problem.demonstration

@@ -18,6 +18,7 @@ def make(function: str, cases: Any = CASES) -> CodingProblem:
     return CodingProblem(
         prompt=f"Write a function {function}.",
         answers=("",),
+        solution="",
         document="",
         kind="test",
         function=function,
@@ -47,6 +48,7 @@ WRONG = {
     "another name": GOOD.replace("total", "totals"),
     "not a function": "total = 6",
     "returns text": GOOD.replace("return ", "return str(") + ")",
+    "returns a float": GOOD.replace("return ", "return float(") + ")",
     "returns a list": GOOD.replace("sum(", "list("),
     "returns the function": "def total(xs):\n    return total",
     "two arguments": GOOD.replace("(xs)", "(xs, start)"),
@@ -169,10 +171,19 @@ def test_lists_are_compared_in_order(result: str, score: Any) -> None:
     assert score(TASK, make("pick", (([], [1, 2, 2]),)), [(program,)]) == [0.0]
 
 
-def test_a_set_is_as_good_as_its_sorted_members_but_loses_repeats(score):
-    program = "def pick(xs):\n    return set(xs)"
-    assert score(TASK, make("pick", (([9, 1, 30, 1], [1, 9, 30]),)), [(program,)]) == [1.0]
-    assert score(TASK, make("pick", (([2, 1, 2], [1, 2, 2]),)), [(program,)]) == [0.0]
+def test_a_set_is_a_set_and_no_list(score):
+    programs = [("def pick(xs):\n    return set(xs)",), ("def pick(xs):\n    return [1, 9, 30]",)]
+    assert score(TASK, make("pick", (([9, 1, 30, 1], {"set": [1, 9, 30]}),)), programs) == [
+        1.0,
+        0.0,
+    ]
+    assert score(TASK, make("pick", (([9, 1, 30, 1], [1, 9, 30]),)), programs) == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(("result", "other"), [(1, True), (0, False), (2, 2.0), ([1], [True])])
+def test_values_of_another_type_are_not_equal(result: Any, other: Any, score: Any) -> None:
+    programs = [(f"def pick(xs):\n    return {value!r}",) for value in (result, other)]
+    assert score(TASK, make("pick", (([], result),)), programs) == [1.0, 0.0]
 
 
 CODE = st.text(st.characters(codec="utf-8", exclude_characters="`\r"), max_size=60)

@@ -21,12 +21,14 @@ INSERT INTO staff VALUES ('Ann', 'Rome', 31, 50), ('Bob', 'Oslo', 42, 60),
 QUESTION = DatabaseProblem(
     prompt="Table staff. How old is Bob?",
     answers=("SQL: SELECT age FROM staff WHERE name = 'Bob'", "Answer: 42"),
+    solution="",
     observations=("42",),
     document="",
     kind="lookup",
     setup=SETUP,
     dump="SELECT * FROM main.staff ORDER BY 1, 2, 3, 4",
-    state=None,
+    state=[["Ann", "Rome", 31, 50], ["Bob", "Oslo", 42, 60], ["Eva", "Rome", 23, 70]],
+    changes=False,
 )
 # Everybody in Rome gets 5 more.
 CHANGE = dataclasses.replace(
@@ -35,6 +37,7 @@ CHANGE = dataclasses.replace(
     answers=("SQL: UPDATE staff SET salary = salary + 5 WHERE city = 'Rome'", "Answer: done"),
     observations=("ok",),
     state=[["Ann", "Rome", 31, 55], ["Bob", "Oslo", 42, 60], ["Eva", "Rome", 23, 75]],
+    changes=True,
 )
 RAISE = "UPDATE staff SET salary = salary + 5"
 
@@ -135,6 +138,25 @@ def test_without_a_statement_first_nothing_scores(
     first: str, problem: DatabaseProblem, score: Any
 ) -> None:
     assert score(TASK, problem, [(first, problem.answers[-1])]) == [0.0]
+
+
+GUESSES = {
+    "after an error": "SELECT shoe FROM staff",
+    "after what is denied": "PRAGMA user_version = 3",
+    "after looking elsewhere": "SELECT age FROM staff WHERE name = 'Ann'",
+    "after seeing nothing": "SELECT age FROM staff WHERE name = 'Nobody'",
+    "after changing the table": "DELETE FROM staff WHERE name = 'Ann' RETURNING 42",
+    "after dropping the table": "DROP TABLE staff",
+}
+
+
+@pytest.mark.parametrize("name", GUESSES)
+def test_a_right_guess_scores_zero(name, score):
+    assert score(TASK, QUESTION, [(f"SQL: {GUESSES[name]}", "Answer: 42")]) == [0.0]
+
+
+def test_more_columns_than_needed_still_show_the_answer(score):
+    assert score(TASK, QUESTION, [("SQL: SELECT * FROM staff", "Answer: 42")]) == [1.0]
 
 
 def test_a_view_in_the_place_of_a_generated_table_scores_zero(score):

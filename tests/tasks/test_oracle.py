@@ -73,7 +73,7 @@ def test_a_statement_that_changes_nothing_solves_no_change(
     problems = [
         problem
         for problem in draw("database", difficulty, count=60, seed=1)
-        if isinstance(problem, DatabaseProblem) and problem.state is not None
+        if isinstance(problem, DatabaseProblem) and problem.changes
     ]
     scores = play("database", problems, sandbox, idle)
     assert len(scores) > 30
@@ -85,7 +85,7 @@ def test_every_change_of_a_tree_changes_it(difficulty: int) -> None:
     # With the first seeds a word was replaced in a file that did not hold it.
     seeds = (62, 380, 398, 455, 472, 479, *range(50))
     problems = [shell.make_problem(random.Random(seed), difficulty) for seed in seeds]
-    changes = [problem for problem in problems if problem.leaves is not None]
+    changes = [problem for problem in problems if problem.prints is None]
     assert len(changes) > 15
     assert [problem.prompt for problem in changes if problem.leaves == problem.tree] == []
 

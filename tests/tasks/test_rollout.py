@@ -23,7 +23,7 @@ class Counting:
         self, split: Split, count: int, *, seed: int = 0, difficulty: int = 1
     ) -> list[Problem]:
         return [
-            Problem(prompt=f"{self.name} {i}", answers=("",), document="", kind="k")
+            Problem(prompt=f"{self.name} {i}", answers=("",), solution="", document="", kind="k")
             for i in range(count)
         ]
 

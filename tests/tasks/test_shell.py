@@ -20,11 +20,12 @@ TREE = {
 QUESTION = ShellProblem(
     prompt="Count the lines with alpha in docs/a.txt.",
     answers=("grep -c alpha docs/a.txt",),
+    solution="",
     document="",
     kind="count word",
     tree=TREE,
     prints="2",
-    leaves=None,
+    leaves=TREE,
 )
 CHANGE = dataclasses.replace(
     QUESTION,
@@ -62,6 +63,9 @@ WRONG_OUTPUT = {
     "words": "The answer is 2.",
     "only a comment": "# 2",
     "floods": "echo 2; yes",
+    "deletes what it read": "grep -c alpha docs/a.txt; rm docs/a.txt",
+    "leaves a file behind": "grep -c alpha docs/a.txt; touch docs/x",
+    "sorts in place": "grep -c alpha docs/a.txt; sort -o docs/a.txt docs/a.txt",
 }
 RIGHT_TREES = {
     "the demonstration": CHANGE.answers[0],
@@ -90,6 +94,8 @@ WRONG_TREES = {
     "names with a newline": "mv docs/*.txt logs/; touch $'logs/a\\nb'",
     "elsewhere": "cp -r docs logs /tmp && cd /tmp && mv docs/*.txt logs/",
     "too late": "(sleep 5; mv docs/*.txt logs/) > /dev/null 2>&1 &",
+    "fails at the end": "mv docs/*.txt logs/; false",
+    "floods": "mv docs/*.txt logs/; yes",
     "hides the tree": "mv docs/*.txt logs/; chmod 000 docs; touch x",
 }
 
@@ -115,7 +121,13 @@ def test_wrong_trees_score_zero(name, score):
 
 
 @pytest.mark.parametrize(
-    "command", ["while :; do :; done", "echo 2; sleep 9", "read -t 9 < /dev/zero"]
+    "command",
+    [
+        "while :; do :; done",
+        "echo 2; sleep 9",
+        "read -t 9 < /dev/zero",
+        "mv docs/*.txt logs/; sleep 9",
+    ],
 )
 @pytest.mark.parametrize("problem", [QUESTION, CHANGE], ids=["question", "change"])
 def test_endless_commands_score_zero(
@@ -134,7 +146,7 @@ def test_difficulty_is_the_number_of_chained_goals(difficulty: int) -> None:
     problems = [make_problem(random.Random(seed), difficulty) for seed in range(60)]
     assert {p.prompt.count(" Then: ") for p in problems} == {difficulty - 1}
     assert {p.answers[0].count(" && ") for p in problems} == {difficulty - 1}
-    assert all((p.prints is None) != (p.leaves is None) for p in problems)
+    assert all((p.prints is None) == (p.leaves != p.tree) for p in problems)
 
 
 def test_the_tree_holds_the_folder_of_every_file() -> None:

@@ -1,0 +1,176 @@
+"""CycleQD on models that are not language models: small classifiers of handwritten digits.
+
+    python experiments/digits.py [--seed N] [--out PICTURE]
+
+A base sees every digit a little, an expert sees only its own group of digits and forgets the
+others. CycleQD breeds the experts: one archive a group, the whole search one `lax.scan`.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+from qdax.core.map_elites import MAPElites
+from rich.console import Console
+from sklearn.datasets import load_digits
+
+from cycleqd_jax.merging.crossover import linear_crossover
+from cycleqd_jax.merging.expert_svd import expert_svd_mutation
+from cycleqd_jax.merging.spectral import (
+    decompose,
+    expert_gains,
+    gain_layout,
+    materialise,
+    uniform_gains,
+)
+from cycleqd_jax.merging.task_vector import task_vector
+from cycleqd_jax.qd.aggregation import aggregate, best_elites
+from cycleqd_jax.qd.emitter import CycleQDEmitter
+from cycleqd_jax.qd.grid import grid_from_experts
+from cycleqd_jax.qd.metrics import qd_metrics
+from cycleqd_jax.qd.repertoire import CyclicRepertoire
+from cycleqd_jax.qd.selection import EliteSelector
+from cycleqd_jax.runs.pictures import ArchivePicture, plot_archives
+from cycleqd_jax.runs.report import results_table
+
+GROUPS = {"0 to 3": (0, 1, 2, 3), "4 to 6": (4, 5, 6), "7 to 9": (7, 8, 9)}
+ROLES = {"w1": "matrix", "b1": "vector", "w2": "matrix", "b2": "vector"}
+GENERATIONS, CHILDREN, BINS = 300, 64, 12
+
+Params = dict[str, Any]
+Images, Labels = Float[Array, "images pixels"], Int[Array, " images"]
+
+
+def init(key: jax.Array, hidden: int = 64) -> Params:
+    first, second = jax.random.split(key)
+    return {
+        "w1": jax.random.normal(first, (64, hidden)) / 8.0,
+        "b1": jnp.zeros(hidden),
+        "w2": jax.random.normal(second, (hidden, 10)) / jnp.sqrt(hidden),
+        "b2": jnp.zeros(10),
+    }
+
+
+def logits(params: Params, images: Images) -> Float[Array, "images digits"]:
+    hidden = jax.nn.relu(images @ params["w1"] + params["b1"])
+    return hidden @ params["w2"] + params["b2"]
+
+
+def loss(params: Params, images: Images, labels: Labels) -> Float[Array, ""]:
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, images), labels)
+    return losses.mean()
+
+
+@partial(jax.jit, static_argnames="steps")
+def train(params: Params, images: Images, labels: Labels, steps: int) -> Params:
+    optimiser = optax.adam(3e-3)
+
+    def step(carry: Any, _: None) -> tuple[Any, None]:
+        params, state = carry
+        updates, state = optimiser.update(jax.grad(loss)(params, images, labels), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, optimiser.init(params)), None, length=steps)[0][0]
+
+
+def accuracies(params: Params, images: Images, labels: Labels) -> Float[Array, " groups"]:
+    """Share of right answers for each group of digits."""
+    right = jnp.argmax(logits(params, images), axis=-1) == labels
+    members = [jnp.isin(labels, jnp.asarray(group)) for group in GROUPS.values()]
+    return jnp.stack([jnp.sum(right & own) / jnp.sum(own) for own in members])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/digits.png"), help="the picture")
+    args = parser.parse_args()
+    base_key, search_key = jax.random.split(jax.random.key(args.seed))
+
+    # A third each to train, to search and for the table.
+    digits = load_digits()
+    order = np.random.default_rng(args.seed).permutation(len(digits.target))
+    parts = np.array_split(order, 3)
+    (x, y), search, test = [
+        (jnp.asarray(digits.data[p] / 16.0, jnp.float32), jnp.asarray(digits.target[p]))
+        for p in parts
+    ]
+    base = train(init(base_key), x, y, 8)
+    owns = [jnp.isin(y, jnp.asarray(group)) for group in GROUPS.values()]
+    experts = [train(base, x[own], y[own], 30) for own in owns]
+
+    # The genotype: gains on the singular directions of what the experts learnt.
+    basis, _ = decompose([task_vector(expert, base) for expert in experts], ROLES, base=base)
+    starts = [expert_gains(basis, e) for e in range(len(experts))]
+    gains = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+
+    def score(genotypes: Any, key: jax.Array) -> tuple[Any, Any, dict[str, Any]]:
+        models = jax.vmap(materialise, in_axes=(None, None, 0))(base, basis, genotypes)
+        scores = jax.vmap(accuracies, in_axes=(0, None, None))(models, *search)
+        return scores, scores, {}
+
+    expert_scores, _, _ = score(gains, search_key)
+    algorithm = MAPElites(
+        scoring_function=score,
+        emitter=CycleQDEmitter(
+            selector=EliteSelector(),
+            crossover=linear_crossover(std=0.3),
+            mutation=expert_svd_mutation(gain_layout(basis), w_max=0.3),
+            batch_size=CHILDREN,
+            num_archives=len(GROUPS),
+        ),
+        metrics_function=qd_metrics,
+        repertoire_init=CyclicRepertoire.init,
+    )
+    cells = grid_from_experts(expert_scores, BINS)
+    init_key, scan_key = jax.random.split(search_key)
+    repertoire, state, _ = algorithm.init(gains, cells, init_key)
+    (repertoire, _, _), history = jax.lax.scan(
+        algorithm.scan_update, (repertoire, state, scan_key), None, length=GENERATIONS
+    )
+
+    slots = np.flatnonzero(repertoire.occupied)
+    winner = slots[int(np.argmax(np.asarray(repertoire.scores).mean(axis=1)[slots]))]
+    heads = best_elites(repertoire)
+    quality = repertoire.scores[heads, jnp.arange(len(GROUPS))]
+    rows = {f"expert {name}": g for name, g in zip(GROUPS, starts, strict=True)}
+    rows |= {f"merge/uniform λ={lam}": uniform_gains(basis, lam) for lam in (0.33, 0.5, 0.8)}
+    rows["cycleqd/best"] = repertoire.gather(winner)
+    rows["cycleqd/aggregate"] = aggregate(repertoire.gather(heads), quality)
+    models = {"base": base} | {n: materialise(base, basis, g) for n, g in rows.items()}
+    table = {}
+    for name, model in models.items():
+        found = [float(a) for a in accuracies(model, *test)]
+        table[name] = dict(zip(GROUPS, found, strict=True)) | {"mean": float(np.mean(found))}
+    console = Console()
+    console.print(results_table(table, list(GROUPS)))
+    cover = ", ".join(f"{share:.0%}" for share in history["coverage"][-1])
+    console.print(f"{GENERATIONS * CHILDREN} children; cells filled: {cover}")
+
+    indices = np.asarray(repertoire.cells)
+    found = np.asarray(repertoire.scores)[indices, np.arange(len(GROUPS))[:, None]]
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    plot_archives(
+        args.out,
+        ArchivePicture(
+            quality=np.where(indices >= 0, found, np.nan),
+            bins=BINS,
+            lower=np.asarray(cells.lower),
+            upper=np.asarray(cells.upper),
+            tasks=list(GROUPS),
+            experts=dict(zip(GROUPS, np.asarray(expert_scores), strict=True)),
+            best=np.asarray(repertoire.scores)[winner],
+            generations=GENERATIONS,
+        ),
+    )
+    console.print(f"archives: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
