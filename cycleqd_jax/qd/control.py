@@ -79,7 +79,7 @@ def breed_controlled(
     """
     archive = schedule(state.generation, batch_size, repertoire.num_archives)
     expert = jnp.asarray(experts, jnp.int32)[archive]
-    keys = jax.vmap(partial(jax.random.split, num=3))(jax.random.split(key, batch_size))
+    keys = jax.random.split(key, (batch_size, 3))
     parents = draw_parents(selector, repertoire, keys[:, 0], archive)
     features = parent_features(repertoire.tessellation, repertoire.scores[parents], archive)
     maps = state.candidates[archive, turns(state.children, archive)]
