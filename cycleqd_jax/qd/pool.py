@@ -194,10 +194,15 @@ class PooledRepertoire(Repertoire):
         """Archive k as a QDax repertoire whose genotypes are pool indices (C,).
 
         Cheap, as nothing of the pool but scores is read; ``k`` may be traced. Fitnesses (C, 1)
-        are -inf in empty cells, descriptors (C, K-1) the elites' scores on the other tasks, 0 in
-        empty cells. Without a tessellation an elite is the centre of its own cell.
+        are -inf in empty cells; descriptors (C, K-1), the elites' scores on the other tasks, and
+        the extra scores that are kept are 0 there. Without a tessellation an elite is the centre
+        of its own cell.
         """
-        return _index_view(self.scores, self.cells, jnp.asarray(k, jnp.int32))
+        view = _index_view(self.scores, self.cells, jnp.asarray(k, jnp.int32))
+        return view.replace(
+            extra_scores=jax.tree.map(partial(_take_elites, view.genotypes), self.extra_scores),
+            keys_extra_scores=self.keys_extra_scores,
+        )
 
     def archive(self, k: int | Int[Array, ""]) -> ArchiveView:
         """Archive k as a QDax ``MapElitesRepertoire``: genotypes (C, ...), 0 in empty cells.
@@ -253,18 +258,14 @@ def _index_view(
 @jax.jit
 def _full_view(repertoire: PooledRepertoire, k: Int[Array, ""]) -> ArchiveView:
     view = repertoire.index_archive(k)
-    occupied = view.genotypes != EMPTY
-    source = jnp.maximum(view.genotypes, 0)
-
-    def take(x: jax.Array) -> jax.Array:
-        mask = occupied.reshape(-1, *[1] * (x.ndim - 1))
-        return jnp.where(mask, x[source], jnp.zeros((), x.dtype))
-
     return view.replace(
-        genotypes=jax.tree.map(take, repertoire.genotypes),
-        extra_scores=jax.tree.map(take, repertoire.extra_scores),
-        keys_extra_scores=repertoire.keys_extra_scores,
+        genotypes=jax.tree.map(partial(_take_elites, view.genotypes), repertoire.genotypes)
     )
+
+
+def _take_elites(indices: Int[Array, " cells"], pool: jax.Array) -> jax.Array:
+    occupied = (indices != EMPTY).reshape(-1, *[1] * (pool.ndim - 1))
+    return jnp.where(occupied, pool[jnp.maximum(indices, 0)], jnp.zeros((), pool.dtype))
 
 
 @partial(jax.jit, static_argnames="capacity")

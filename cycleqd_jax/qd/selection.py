@@ -147,6 +147,24 @@ def min_max(
     return jnp.where(mask & spread, scaled, 0.0)
 
 
+def draw_parents(
+    selector: Selector, repertoire: Any, keys: jax.Array, archive: Int[Array, " batch"]
+) -> Int[Array, "batch 2"]:
+    """Pool indices of two parents for every child.
+
+    Args:
+        selector: draws them from an index view of one archive.
+        repertoire: a ``CyclicRepertoire``.
+        keys: (B,) random keys, one a child.
+        archive: (B,) the archive each child is bred in.
+    """
+
+    def draw(key: jax.Array, k: jax.Array) -> jax.Array:
+        return selector.select(repertoire.index_archive(k), key, 2).genotypes
+
+    return jax.vmap(draw)(keys, archive)
+
+
 def _bin_numbers(archive: Any) -> Int[Array, "cells others"]:
     cells, others = archive.centroids.shape
     bins = getattr(archive, "bins", round(cells ** (1 / others)))

@@ -15,7 +15,15 @@ from jaxtyping import Array, Float, Int
 
 @runtime_checkable
 class Tessellation(Protocol):
-    """Cells of K archives, the same number in each. A pytree, so that it can enter kernels."""
+    """Cells of K archives, the same number in each. A pytree, so that it can enter kernels.
+
+    Attributes:
+        lower: (K,) float32, lower end of each task's range.
+        upper: (K,) float32, upper end.
+    """
+
+    lower: Any
+    upper: Any
 
     @property
     def num_tasks(self) -> int:
