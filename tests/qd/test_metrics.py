@@ -98,6 +98,15 @@ def test_a_number_left_in_a_free_slot_is_not_an_elite():
     assert (int(found.offered[0]), int(found.accepted[0])) == (1, 0)
 
 
+def test_number_zero_is_not_mistaken_for_a_slot_that_was_never_used():
+    repertoire, _ = bred([(2.5, 2.5)])
+    held = repertoire.replace(
+        cells=jnp.full((2, 3), 1), extra_scores={"id": jnp.zeros(2, jnp.int32)}
+    )
+    found = acceptance(held, jnp.asarray([0], jnp.int32), jnp.asarray([0]), 1)
+    assert int(found.accepted[0]) == 1
+
+
 class TestBadInput:
     def test_no_numbers_kept(self):
         repertoire, ids = bred(ROWS, keys_extra_scores=())
