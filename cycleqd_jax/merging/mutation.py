@@ -5,6 +5,8 @@ A mutation that needs arrays (a basis in the dense space) carries them as a
 argument compiles without them as constants.
 """
 
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -47,17 +49,26 @@ def draw_expert_gains(
         Tree of gains: matrix leaves (..., R), vector leaves (..., E), float32.
     """
     layout = gain_layout(basis)
-    keys = _split_as(key, len(layout.leaves))
     expert = jnp.asarray(expert, jnp.int32)
-    w_max = jnp.asarray(w_max, jnp.float32)
+    shapes = [
+        (*leaf.batch_shape, max(leaf.ranks, default=0) if leaf.role == "matrix" else 0)
+        for leaf in layout.leaves
+    ]
+    ends = tuple(itertools.accumulate(map(math.prod, shapes), initial=0))
+    # One draw for the whole model: many small ones cost more than the numbers in them.
+    w = jnp.asarray(w_max, jnp.float32) * jax.random.uniform(key, (ends[-1],), jnp.float32)
 
-    def draw(i: int, leaf: LeafLayout) -> jax.Array:
-        if leaf.role == "vector" or not sum(leaf.ranks):
+    def place(i: int, leaf: LeafLayout) -> jax.Array:
+        if not math.prod(shapes[i]):
             return jnp.zeros(leaf.shape, jnp.float32)
-        w = jax.random.uniform(keys[i], (*leaf.batch_shape, max(leaf.ranks)), jnp.float32)
-        return jnp.where(leaf.owner == expert, w_max * w[..., leaf.position], 0.0)
+        block = w[ends[i] : ends[i + 1]].reshape(shapes[i])
+        if len(set(leaf.ranks)) == 1:
+            mine = jnp.arange(len(leaf.ranks), dtype=jnp.int32) == expert
+            return jnp.where(mine[:, None], block[..., None, :], 0.0).reshape(leaf.shape)
+        blocks = [jnp.where(expert == e, block[..., :rank], 0.0) for e, rank in enumerate(leaf.ranks)]
+        return jnp.concatenate(blocks, axis=-1)
 
-    return layout.build(draw)
+    return layout.build(place)
 
 
 def _add(genotype: Any, increment: Any) -> Any:

@@ -36,6 +36,9 @@ class CyclicRepertoire(Repertoire):
         cells: (K, C) int32, pool index of each archive's elites, -1 = empty.
         grid: the cells' bins.
         keys_extra_scores: names of the extra scores that are kept, static.
+        in_place: an eager `add` writes into this repertoire's own memory, and the repertoire it
+            was called on can no longer be used. For pools that fit into memory only once;
+            compiled code needs no such leave. Static.
     """
 
     genotypes: Any
@@ -44,6 +47,7 @@ class CyclicRepertoire(Repertoire):
     cells: Any
     grid: Any
     keys_extra_scores: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    in_place: bool = flax.struct.field(pytree_node=False, default=False)
 
     @classmethod
     def init(
@@ -56,6 +60,7 @@ class CyclicRepertoire(Repertoire):
         *,
         capacity: int | None = None,
         keys_extra_scores: tuple[str, ...] = (),
+        in_place: bool = False,
     ) -> "CyclicRepertoire":
         """Make a repertoire from evaluated genotypes.
 
@@ -68,6 +73,7 @@ class CyclicRepertoire(Repertoire):
             capacity: slots of the pool. None: the worst case of one elite a cell if that takes at
                 most ``FULL_POOL_BYTES``, else what the batch needs; an eager `add` grows it.
             keys_extra_scores: which extra scores to keep.
+            in_place: let an eager `add` consume the repertoire it is called on, see the class.
 
         Raises:
             ValueError: not a grid, no genotype, wrong number of scores, no row with finite
@@ -97,8 +103,10 @@ class CyclicRepertoire(Repertoire):
             cells=jnp.full((grid.num_tasks, grid.num_cells), EMPTY, jnp.int32),
             grid=grid,
             keys_extra_scores=tuple(keys_extra_scores),
+            in_place=True,
         )
-        return empty.add(genotypes, descriptors, fitnesses, extra_scores)
+        added = empty.add(genotypes, descriptors, fitnesses, extra_scores)
+        return added.replace(in_place=in_place)
 
     def add(
         self,
@@ -110,7 +118,8 @@ class CyclicRepertoire(Repertoire):
         """Offer a batch to all archives; QDax's order of arguments.
 
         Eagerly the pool doubles until everything fits, so an elite is never dropped. Compiled
-        code cannot grow it: there the capacity must cover the worst case.
+        code cannot grow it: there the capacity must cover the worst case. Eagerly the pool is
+        copied, unless the repertoire is ``in_place``.
 
         Args:
             genotypes: tree with leaves (B, ...), shapes and dtypes of the pool.
@@ -131,7 +140,11 @@ class CyclicRepertoire(Repertoire):
         if batch == 0:
             return self
         decision = decide(self.grid, self.scores, self.cells, scores)
-        return _write(self, decision, genotypes, scores, kept, self._capacity_for(decision))
+        capacity = self._capacity_for(decision)
+        write = _write_in_place if self.in_place and capacity == self.capacity else _write
+        # Several repertoires may share the grid: it must not be given away with the pool.
+        pool = self.replace(grid=None)
+        return write(pool, decision, genotypes, scores, kept, capacity).replace(grid=self.grid)
 
     def _capacity_for(self, decision: Decision) -> int:
         worst = self.cells.size
@@ -249,8 +262,7 @@ def _full_view(repertoire: CyclicRepertoire, k: Int[Array, ""]) -> MapElitesRepe
     )
 
 
-@partial(jax.jit, static_argnames="capacity")
-def _write(  # operands of one kernel
+def _written(  # operands of one kernel
     pool: CyclicRepertoire,
     decision: Decision,
     genotypes: Any,
@@ -273,6 +285,10 @@ def _write(  # operands of one kernel
         extra_scores=jax.tree.map(put, pool.extra_scores, extra_scores),
         cells=cells,
     )
+
+
+_write = jax.jit(_written, static_argnames="capacity")
+_write_in_place = jax.jit(_written, static_argnames="capacity", donate_argnames="pool")
 
 
 def _traced(x: Any) -> bool:
