@@ -62,11 +62,8 @@ def draw_expert_gains(
         if not math.prod(shapes[i]):
             return jnp.zeros(leaf.shape, jnp.float32)
         block = w[ends[i] : ends[i + 1]].reshape(shapes[i])
-        if len(set(leaf.ranks)) == 1:
-            mine = jnp.arange(len(leaf.ranks), dtype=jnp.int32) == expert
-            return jnp.where(mine[:, None], block[..., None, :], 0.0).reshape(leaf.shape)
-        blocks = [jnp.where(expert == e, block[..., :rank], 0.0) for e, rank in enumerate(leaf.ranks)]
-        return jnp.concatenate(blocks, axis=-1)
+        blocks = jnp.concatenate([block[..., :rank] for rank in leaf.ranks], axis=-1)
+        return jnp.where(leaf.owner == expert, blocks, 0.0)
 
     return layout.build(place)
 

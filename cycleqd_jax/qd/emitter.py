@@ -138,8 +138,8 @@ class CycleQDEmitter(Emitter):
             expert_of_archive: expert whose directions serve archive k; default: expert k.
             sharding: splits the children's leading axis, as ``NamedSharding(mesh,
                 PartitionSpec("population"))`` does: each device breeds and scores its share. The
-                repertoire has to be on all of the mesh's devices, as ``jax.device_put(repertoire,
-                NamedSharding(mesh, PartitionSpec()))`` puts it.
+                mesh's axes have to be of type ``Auto``, and the repertoire on all its devices, as
+                ``jax.device_put(repertoire, NamedSharding(mesh, PartitionSpec()))`` puts it.
 
         Raises:
             ValueError: a batch below 1 or not a multiple of the shards, fewer than two archives,

@@ -1,7 +1,6 @@
 """K archives over one pool of genotypes: the repertoire of CycleQD."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import flax.struct
