@@ -298,7 +298,7 @@ def test_the_scan_writes_into_the_pool_it_carries():
     scan = jax.jit(
         lambda c: jax.lax.scan(algorithm.scan_update, c, None, length=6)[0], donate_argnums=0
     )
-    text = scan.lower((repertoire, state, jax.random.key(0))).compile().as_text()
+    text = scan.lower((repertoire, state, jax.random.key(0))).compile().as_text() or ""
     pool = rf"f32\[{108 + 23},{SIZE}\]\S*"
     assert re.search(rf"= {pool} (scatter|fusion)\(", text)
     assert not re.search(rf"= {pool} copy\(", text)
