@@ -111,6 +111,7 @@ class DominatedNoveltyRepertoire(PooledRepertoire):
         *,
         capacity: int | None = None,
         keys_extra_scores: tuple[str, ...] = (),
+        in_place: bool = False,
     ) -> "DominatedNoveltyRepertoire":
         """Make a repertoire from evaluated genotypes.
 
@@ -123,6 +124,7 @@ class DominatedNoveltyRepertoire(PooledRepertoire):
             capacity: slots of the pool. None: the worst case K * N if that takes at most
                 ``FULL_POOL_BYTES``, else what the batch needs; an eager `add` grows it.
             keys_extra_scores: which extra scores to keep.
+            in_place: let an eager `add` consume the repertoire it is called on, see the class.
 
         Raises:
             ValueError: not a `DominatedNovelty`, no genotype, wrong number of scores, no row with
@@ -141,6 +143,7 @@ class DominatedNoveltyRepertoire(PooledRepertoire):
             shape=(centroids.num_tasks, centroids.num_cells),
             capacity=capacity,
             keys_extra_scores=keys_extra_scores,
+            in_place=in_place,
             competition=centroids,
         )
 

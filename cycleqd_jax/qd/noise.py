@@ -65,6 +65,7 @@ class NoisyRepertoire(CyclicRepertoire):
         confidence: float = 0.9,
         capacity: int | None = None,
         keys_extra_scores: tuple[str, ...] = (),
+        in_place: bool = False,
     ) -> "NoisyRepertoire":
         """Make a repertoire from evaluated genotypes.
 
@@ -79,6 +80,7 @@ class NoisyRepertoire(CyclicRepertoire):
             confidence: probability of being better that a challenger must reach.
             capacity: as for `CyclicRepertoire.init`.
             keys_extra_scores: further extra scores to keep; evidence always is.
+            in_place: as for `CyclicRepertoire.init`.
 
         Raises:
             ValueError: a confidence outside [0.5, 1), a noise model that does not fit K tasks,
@@ -98,6 +100,7 @@ class NoisyRepertoire(CyclicRepertoire):
             extra,
             capacity=capacity,
             keys_extra_scores=(*others, EVIDENCE),
+            in_place=in_place,
         )
         fields = {field.name: getattr(plain, field.name) for field in dataclasses.fields(plain)}
         return cls(**fields, noise=noise, confidence=jnp.asarray(confidence, jnp.float32))

@@ -60,6 +60,9 @@ class PooledRepertoire(Repertoire):
         extra_scores: name -> tree with leaves (P, ...), the extra scores that are kept.
         cells: (K, C) int32, pool index of each archive's elites, -1 = empty.
         keys_extra_scores: names of the extra scores that are kept, static.
+        in_place: an eager `add` writes into this repertoire's own memory, and the repertoire it
+            was called on can no longer be used. For pools that fit into memory only once;
+            compiled code needs no such leave. Static.
     """
 
     genotypes: Any
@@ -67,6 +70,7 @@ class PooledRepertoire(Repertoire):
     extra_scores: Any
     cells: Any
     keys_extra_scores: tuple[str, ...] = flax.struct.field(pytree_node=False)
+    in_place: bool = flax.struct.field(pytree_node=False)
 
     @abc.abstractmethod
     def decide(self, batch_scores: Float[Array, "batch tasks"]) -> Decision:
@@ -83,6 +87,7 @@ class PooledRepertoire(Repertoire):
         shape: tuple[int, int],
         capacity: int | None,
         keys_extra_scores: tuple[str, ...],
+        in_place: bool,
         **rule: Any,
     ) -> Pool:
         """Repertoire of ``shape`` = (K, C) cells with a first batch; ``rule`` is the subclass's."""
@@ -105,9 +110,11 @@ class PooledRepertoire(Repertoire):
             extra_scores=_zeros(kept, slots),
             cells=jnp.full(shape, EMPTY, jnp.int32),
             keys_extra_scores=tuple(keys_extra_scores),
+            in_place=True,
             **rule,
         )
-        return empty.add(genotypes, descriptors, fitnesses, extra_scores)
+        added = empty.add(genotypes, descriptors, fitnesses, extra_scores)
+        return added.replace(in_place=in_place)
 
     def add(
         self: Pool,
@@ -119,7 +126,8 @@ class PooledRepertoire(Repertoire):
         """Offer a batch to all archives; QDax's order of arguments.
 
         Eagerly the pool doubles until everything fits, so an elite is never dropped for want of
-        room. Compiled code cannot grow it: there the capacity must cover the worst case.
+        room. Compiled code cannot grow it: there the capacity must cover the worst case. Eagerly
+        the pool is copied, unless the repertoire is ``in_place``.
 
         Args:
             genotypes: tree with leaves (B, ...), shapes and dtypes of the pool.
@@ -140,7 +148,13 @@ class PooledRepertoire(Repertoire):
         if batch == 0:
             return self
         decision = self._decide(scores, kept)
-        return _write(self, decision, genotypes, scores, kept, self._capacity_for(decision))
+        capacity = self._capacity_for(decision)
+        write = _write_in_place if self.in_place and capacity == self.capacity else _write
+        # Only what the pool owns: several repertoires may share the cells' description.
+        pool = (self.genotypes, self.scores, self.extra_scores, self.cells)
+        pool = write(pool, decision, genotypes, scores, kept, capacity)
+        names = ("genotypes", "scores", "extra_scores", "cells")
+        return self.replace(**dict(zip(names, pool, strict=True)))
 
     def _decide(self, scores: jax.Array, extra_scores: Mapping[str, Any]) -> Decision:
         """`decide`, for a rule that looks at the extra scores that are kept too."""
@@ -268,30 +282,34 @@ def _take_elites(indices: Int[Array, " cells"], pool: jax.Array) -> jax.Array:
     return jnp.where(occupied, pool[jnp.maximum(indices, 0)], jnp.zeros((), pool.dtype))
 
 
-@partial(jax.jit, static_argnames="capacity")
-def _write(  # operands of one kernel
-    pool: Any,
+def _written(  # operands of one kernel
+    pool: tuple[Any, Float[Array, "capacity tasks"], Any, Int[Array, "tasks cells"]],
     decision: Decision,
     genotypes: Any,
     scores: Float[Array, "batch tasks"],
     extra_scores: Any,
     capacity: int,
-) -> Any:
-    more = capacity - pool.capacity
+) -> tuple[Any, ...]:
+    old_genotypes, old_scores, old_extra_scores, old_cells = pool
+    more = capacity - old_scores.shape[0]
     used = jnp.pad(decision.used, (0, more))
-    slot, cells = assign_slots(decision.replace(used=used), pool.cells)
+    slot, cells = assign_slots(decision.replace(used=used), old_cells)
 
     def put(old: jax.Array, new: jax.Array, fill: float = 0) -> jax.Array:
         grown = jnp.pad(old, [(0, more)] + [(0, 0)] * (old.ndim - 1), constant_values=fill)
         return grown.at[slot].set(new, mode="drop")
 
-    staying = jnp.where(decision.used[:, None], pool.scores, -jnp.inf)
-    return pool.replace(
-        genotypes=jax.tree.map(put, pool.genotypes, genotypes),
-        scores=put(staying, scores, -jnp.inf),
-        extra_scores=jax.tree.map(put, pool.extra_scores, extra_scores),
-        cells=cells,
+    staying = jnp.where(decision.used[:, None], old_scores, -jnp.inf)
+    return (
+        jax.tree.map(put, old_genotypes, genotypes),
+        put(staying, scores, -jnp.inf),
+        jax.tree.map(put, old_extra_scores, extra_scores),
+        cells,
     )
+
+
+_write = jax.jit(_written, static_argnames="capacity")
+_write_in_place = jax.jit(_written, static_argnames="capacity", donate_argnames="pool")
 
 
 def _traced(x: Any) -> bool:

@@ -35,6 +35,7 @@ class CyclicRepertoire(PooledRepertoire):
         *,
         capacity: int | None = None,
         keys_extra_scores: tuple[str, ...] = (),
+        in_place: bool = False,
     ) -> "CyclicRepertoire":
         """Make a repertoire from evaluated genotypes.
 
@@ -47,6 +48,7 @@ class CyclicRepertoire(PooledRepertoire):
             capacity: slots of the pool. None: the worst case of one elite a cell if that takes at
                 most ``FULL_POOL_BYTES``, else what the batch needs; an eager `add` grows it.
             keys_extra_scores: which extra scores to keep.
+            in_place: let an eager `add` consume the repertoire it is called on, see the class.
 
         Raises:
             ValueError: no tessellation, no genotype, wrong number of scores, no row with finite
@@ -65,6 +67,7 @@ class CyclicRepertoire(PooledRepertoire):
             shape=(centroids.num_tasks, centroids.num_cells),
             capacity=capacity,
             keys_extra_scores=keys_extra_scores,
+            in_place=in_place,
             tessellation=centroids,
         )
 

@@ -130,6 +130,19 @@ def test_the_old_repertoire_is_unchanged():
     jax.tree.map(np.testing.assert_array_equal, repertoire, before)
 
 
+def test_in_place_the_pool_keeps_its_memory_and_the_old_repertoire_is_spent():
+    copied, owned = make(capacity=8), make(capacity=8, in_place=True)
+    grid = owned.tessellation
+    memory = owned.genotypes["w"].unsafe_buffer_pointer()
+    batch = numbered(3, 50), SCORES + 0.05, SCORES + 0.05
+    after = owned.add(*batch)
+    assert after.in_place
+    assert after.genotypes["w"].unsafe_buffer_pointer() == memory
+    assert owned.genotypes["w"].is_deleted()
+    jax.tree.map(np.testing.assert_array_equal, after.replace(in_place=False), copied.add(*batch))
+    assert not grid.edges.is_deleted()
+
+
 def test_equal_shapes_compile_once():
     repertoire = make(capacity=8)
     decide: Any = insertion.decide
