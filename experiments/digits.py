@@ -7,6 +7,7 @@ others. CycleQD breeds the experts: one archive a group, the whole search one `l
 """
 
 import argparse
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,8 @@ ROLES = {"w1": "matrix", "b1": "vector", "w2": "matrix", "b2": "vector"}
 GENERATIONS, CHILDREN, BINS = 300, 64, 12
 
 Params = dict[str, Any]
-Images, Labels = Float[Array, "images pixels"], Int[Array, " images"]
+Images = Float[Array, "images pixels"]
+Labels = Int[Array, " images"]
 
 
 def init(key: jax.Array, hidden: int = 64) -> Params:
@@ -86,24 +88,43 @@ def accuracies(params: Params, images: Images, labels: Labels) -> Float[Array, "
     return jnp.stack([jnp.sum(right & own) / jnp.sum(own) for own in members])
 
 
+@dataclass(frozen=True)
+class Problem:
+    """A family of classifiers and the images to judge them on.
+
+    Attributes:
+        base: parameters of the base.
+        experts: parameters of one expert a group.
+        search: images and labels that the search sees.
+        test: images and labels for the table alone.
+    """
+
+    base: Params
+    experts: list[Params]
+    search: tuple[Images, Labels]
+    test: tuple[Images, Labels]
+
+
+def make_problem(seed: int) -> Problem:
+    """Train base and experts on a third of the images; the other thirds are held out."""
+    digits = load_digits()
+    order = np.random.default_rng(seed).permutation(len(digits.target))
+    (x, y), search, test = [
+        (jnp.asarray(digits.data[part] / 16.0, jnp.float32), jnp.asarray(digits.target[part]))
+        for part in np.array_split(order, 3)
+    ]
+    base = train(init(jax.random.key(seed)), x, y, 8)
+    owns = [jnp.isin(y, jnp.asarray(group)) for group in GROUPS.values()]
+    return Problem(base, [train(base, x[own], y[own], 30) for own in owns], search, test)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/digits.png"), help="the picture")
     args = parser.parse_args()
-    base_key, search_key = jax.random.split(jax.random.key(args.seed))
-
-    # A third each to train, to search and for the table.
-    digits = load_digits()
-    order = np.random.default_rng(args.seed).permutation(len(digits.target))
-    parts = np.array_split(order, 3)
-    (x, y), search, test = [
-        (jnp.asarray(digits.data[p] / 16.0, jnp.float32), jnp.asarray(digits.target[p]))
-        for p in parts
-    ]
-    base = train(init(base_key), x, y, 8)
-    owns = [jnp.isin(y, jnp.asarray(group)) for group in GROUPS.values()]
-    experts = [train(base, x[own], y[own], 30) for own in owns]
+    problem = make_problem(args.seed)
+    base, experts = problem.base, problem.experts
 
     # The genotype: gains on the singular directions of what the experts learnt.
     basis, _ = decompose([task_vector(expert, base) for expert in experts], ROLES, base=base)
@@ -112,10 +133,11 @@ def main() -> None:
 
     def score(genotypes: Any, key: jax.Array) -> tuple[Any, Any, dict[str, Any]]:
         models = jax.vmap(materialise, in_axes=(None, None, 0))(base, basis, genotypes)
-        scores = jax.vmap(accuracies, in_axes=(0, None, None))(models, *search)
+        scores = jax.vmap(accuracies, in_axes=(0, None, None))(models, *problem.search)
         return scores, scores, {}
 
-    expert_scores, _, _ = score(gains, search_key)
+    init_key, scan_key = jax.random.split(jax.random.fold_in(jax.random.key(args.seed), 1))
+    expert_scores, _, _ = score(gains, init_key)
     algorithm = MAPElites(
         scoring_function=score,
         emitter=CycleQDEmitter(
@@ -129,7 +151,6 @@ def main() -> None:
         repertoire_init=CyclicRepertoire.init,
     )
     cells = grid_from_experts(expert_scores, BINS)
-    init_key, scan_key = jax.random.split(search_key)
     repertoire, state, _ = algorithm.init(gains, cells, init_key)
     (repertoire, _, _), history = jax.lax.scan(
         algorithm.scan_update, (repertoire, state, scan_key), None, length=GENERATIONS
@@ -141,12 +162,12 @@ def main() -> None:
     quality = repertoire.scores[heads, jnp.arange(len(GROUPS))]
     rows = {f"expert {name}": g for name, g in zip(GROUPS, starts, strict=True)}
     rows |= {f"merge/uniform λ={lam}": uniform_gains(basis, lam) for lam in (0.33, 0.5, 0.8)}
-    rows["cycleqd/best"] = repertoire.gather(winner)
+    rows["cycleqd/best"] = repertoire.gather(jnp.asarray(winner))
     rows["cycleqd/aggregate"] = aggregate(repertoire.gather(heads), quality)
     models = {"base": base} | {n: materialise(base, basis, g) for n, g in rows.items()}
     table = {}
     for name, model in models.items():
-        found = [float(a) for a in accuracies(model, *test)]
+        found = [float(a) for a in accuracies(model, *problem.test)]
         table[name] = dict(zip(GROUPS, found, strict=True)) | {"mean": float(np.mean(found))}
     console = Console()
     console.print(results_table(table, list(GROUPS)))

@@ -40,10 +40,14 @@ def _linear(mean: Any, std: Any, key: jax.Array, a: Any, b: Any) -> Any:
     weights = mean + std * jax.random.normal(key, (2,), jnp.float32)
     total = weights[0] + weights[1]
     defined = jnp.abs(total) >= SMALLEST_WEIGHT_SUM
-    share = jnp.where(defined, weights / jnp.where(defined, total, 1.0), 0.5)
+    # Each share ends in a division of two scalars: anything cheaper is computed again by XLA for
+    # every element of the child, with the drawing of the weights before it.
+    total = jnp.where(defined, total, 1.0)
+    first = jnp.where(defined, weights[0], 0.5) / total
+    second = jnp.where(defined, weights[1], 0.5) / total
 
     def merge(x: jax.Array, y: jax.Array) -> jax.Array:
-        child = share[0] * x.astype(jnp.float32) + share[1] * y.astype(jnp.float32)
+        child = first * x.astype(jnp.float32) + second * y.astype(jnp.float32)
         return child.astype(x.dtype)
 
     return jax.tree.map(merge, a, b)

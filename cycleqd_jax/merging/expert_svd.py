@@ -3,6 +3,8 @@
 What the authors' code of CycleQD computes (Kuroki et al., ICLR 2025, arXiv 2410.14735).
 """
 
+import itertools
+import math
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 from jax.tree_util import Partial
 
 from cycleqd_jax.merging.layout import GainLayout, LeafLayout
-from cycleqd_jax.merging.mutation import Mutation, add_increment, split_as
+from cycleqd_jax.merging.mutation import Mutation, add_increment
 from cycleqd_jax.merging.space import Space, basis_arrays, check_space, spectral_layout
 from cycleqd_jax.merging.spectral import SpectralBasis, expand, gain_layout
 from cycleqd_jax.merging.static import Static, check_not_negative
@@ -33,17 +35,23 @@ def draw_expert_gains(
         Tree of gains: matrix leaves (..., R), vector leaves (..., E), float32.
     """
     layout = gain_layout(basis)
-    keys = split_as(key, len(layout.leaves))
     expert = jnp.asarray(expert, jnp.int32)
-    w_max = jnp.asarray(w_max, jnp.float32)
+    shapes = [
+        (*leaf.batch_shape, max(leaf.ranks, default=0) if leaf.role == "matrix" else 0)
+        for leaf in layout.leaves
+    ]
+    ends = tuple(itertools.accumulate(map(math.prod, shapes), initial=0))
+    # One draw for the whole model: many small ones cost more than the numbers in them.
+    w = jnp.asarray(w_max, jnp.float32) * jax.random.uniform(key, (ends[-1],), jnp.float32)
 
-    def draw(i: int, leaf: LeafLayout) -> jax.Array:
-        if leaf.role == "vector" or not sum(leaf.ranks):
+    def place(i: int, leaf: LeafLayout) -> jax.Array:
+        if not math.prod(shapes[i]):
             return jnp.zeros(leaf.shape, jnp.float32)
-        w = jax.random.uniform(keys[i], (*leaf.batch_shape, max(leaf.ranks)), jnp.float32)
-        return jnp.where(leaf.owner == expert, w_max * w[..., leaf.position], 0.0)
+        block = w[ends[i] : ends[i + 1]].reshape(shapes[i])
+        blocks = jnp.concatenate([block[..., :rank] for rank in leaf.ranks], axis=-1)
+        return jnp.where(leaf.owner == expert, blocks, 0.0)
 
-    return layout.build(draw)
+    return layout.build(place)
 
 
 def expert_svd_mutation(

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Sharding
 from jax.tree_util import Partial, all_leaves
 from jaxtyping import Array, Int
 from qdax.core.emitters.emitter import Emitter, EmitterState
@@ -18,8 +19,9 @@ from qdax.core.emitters.repertoire_selectors.selector import Selector
 
 from cycleqd_jax.merging.crossover import Crossover
 from cycleqd_jax.merging.mutation import Mutation
-from cycleqd_jax.qd.repertoire import CyclicRepertoire
+from cycleqd_jax.qd.pool import PooledRepertoire
 from cycleqd_jax.qd.schedule import Schedule, cycle_per_generation
+from cycleqd_jax.qd.selection import draw_parents
 
 
 class CycleQDState(EmitterState):
@@ -53,9 +55,19 @@ def _as_pytree(operator: Callable[..., Any]) -> Any:
     return Partial(operator) if all_leaves([operator]) else operator
 
 
-@partial(jax.jit, static_argnames=("selector", "schedule", "experts", "batch_size"))
+def _check_shards(sharding: Sharding, batch_size: int) -> None:
+    try:
+        sharding.shard_shape((batch_size,))
+    except ValueError as error:
+        raise ValueError(
+            f"a batch of {batch_size} children cannot be split evenly: expected a multiple of the "
+            f"shards of {sharding}"
+        ) from error
+
+
+@partial(jax.jit, static_argnames=("selector", "schedule", "experts", "batch_size", "sharding"))
 def breed(
-    repertoire: CyclicRepertoire,
+    repertoire: PooledRepertoire,
     generation: Int[Array, ""],
     key: jax.Array,
     crossover: Any,
@@ -65,10 +77,11 @@ def breed(
     schedule: Schedule,
     experts: tuple[int, ...],
     batch_size: int,
+    sharding: Sharding | None = None,
 ) -> Offspring:
     """One batch of children.
 
-    Every child has its own key, split once for selection, crossover and mutation.
+    Every child has its own three keys: for selection, crossover and mutation.
 
     Args:
         repertoire: where parents come from.
@@ -80,21 +93,19 @@ def breed(
         schedule: which archive each child is bred in.
         experts: expert whose directions a child of archive k is mutated along, one an archive.
         batch_size: number of children B.
+        sharding: how the children's leading axis is split over devices.
     """
-    archive = schedule(generation, batch_size, repertoire.num_archives)
+
+    def split(x: Any) -> Any:
+        return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+    archive = split(schedule(generation, batch_size, repertoire.num_archives))
     expert = jnp.asarray(experts, jnp.int32)[archive]
-
-    def draw(child_key: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        select_key, crossover_key, mutation_key = jax.random.split(child_key, 3)
-        view = selector.select(repertoire.index_archive(k), select_key, 2)
-        return view.genotypes, crossover_key, mutation_key
-
-    parents, crossover_keys, mutation_keys = jax.vmap(draw)(
-        jax.random.split(key, batch_size), archive
-    )
-    first, second = repertoire.gather(parents[:, 0]), repertoire.gather(parents[:, 1])
-    children = jax.vmap(crossover)(crossover_keys, first, second)
-    children = jax.vmap(mutation)(mutation_keys, children, expert)
+    keys = split(jax.random.split(key, (batch_size, 3)))
+    parents = draw_parents(selector, repertoire, keys[:, 0], archive)
+    pairs = repertoire.gather(parents[:, 0]), repertoire.gather(parents[:, 1])
+    children = jax.vmap(crossover)(keys[:, 1], *pairs)
+    children = split(jax.vmap(mutation)(keys[:, 2], children, expert))
     return Offspring(genotypes=children, parents=parents, archive=archive)
 
 
@@ -111,6 +122,7 @@ class CycleQDEmitter(Emitter):
         *,
         schedule: Schedule = cycle_per_generation,
         expert_of_archive: Sequence[int] | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         """Put the parts together.
 
@@ -124,9 +136,14 @@ class CycleQDEmitter(Emitter):
             num_archives: K, the repertoire's number of archives.
             schedule: which archive each child is bred in.
             expert_of_archive: expert whose directions serve archive k; default: expert k.
+            sharding: splits the children's leading axis, as ``NamedSharding(mesh,
+                PartitionSpec("population"))`` does: each device breeds and scores its share. The
+                mesh's axes have to be of type ``Auto``, and the repertoire on all its devices, as
+                ``jax.device_put(repertoire, NamedSharding(mesh, PartitionSpec()))`` puts it.
 
         Raises:
-            ValueError: a batch below 1, fewer than two archives, or not one expert an archive.
+            ValueError: a batch below 1 or not a multiple of the shards, fewer than two archives,
+                or not one expert an archive.
         """
         if batch_size < 1:
             raise ValueError(f"expected a batch of at least 1 child, found {batch_size}")
@@ -138,6 +155,9 @@ class CycleQDEmitter(Emitter):
                 f"expert_of_archive: expected {num_archives} experts, one an archive, "
                 f"found {len(experts)}"
             )
+        if sharding is not None:
+            _check_shards(sharding, batch_size)
+        self._sharding = sharding
         self._selector = selector
         self._crossover = _as_pytree(crossover)
         self._mutation = _as_pytree(mutation)
@@ -181,6 +201,7 @@ class CycleQDEmitter(Emitter):
             schedule=self._schedule,
             experts=self._experts,
             batch_size=self._batch_size,
+            sharding=self._sharding,
         )
         return children.genotypes, {"parents": children.parents, "archive": children.archive}
 

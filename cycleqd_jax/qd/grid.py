@@ -1,8 +1,8 @@
-"""The grid of behaviour characteristics: which cell of which archive a row of scores falls into.
+"""The grid of behaviour characteristics: equal bins per task.
 
-In archive k the score on task k is the quality and the other K - 1 scores choose the cell. Bins
-are half open, ``(lo, hi]``, and scores outside the range belong to the end bins (Kuroki et al.,
-arXiv 2410.14735).
+Bins are half open, ``(lo, hi]``, and scores outside the range belong to the end bins (Kuroki et
+al., arXiv 2410.14735). An archive has ``bins ** (K - 1)`` cells: for many tasks see
+`cycleqd_jax.qd.cvt` and `cycleqd_jax.qd.dns`.
 """
 
 from typing import Any
@@ -13,9 +13,11 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int
 
+from cycleqd_jax.qd.tessellation import bounds, expert_ranges, other_tasks, task_ranges
+
 
 class Grid(struct.PyTreeNode):
-    """Equal bins per task. Make one with `make_grid` or `grid_from_experts`.
+    """Equal bins per task, a `Tessellation`. Make one with `make_grid` or `grid_from_experts`.
 
     Attributes:
         lower: (K,) float32, lower end of each task's range.
@@ -42,20 +44,23 @@ class Grid(struct.PyTreeNode):
 
     def bounds(self, k: int | Int[Array, ""]) -> tuple[jax.Array, jax.Array]:
         """Ranges of archive k's behaviour characteristics: lower (K-1,) and upper (K-1,)."""
-        others = other_tasks(self.num_tasks, k)
-        return jnp.take(self.lower, others), jnp.take(self.upper, others)
+        return bounds(self.lower, self.upper, k)
 
+    def cell_of(
+        self, scores: Float[Array, "batch tasks"], k: int | Int[Array, ""]
+    ) -> Int[Array, " batch"]:
+        """Cell of every row in archive k (may be traced), row-major over the other tasks."""
+        bins = jnp.take(bins_of(self, scores), other_tasks(self.num_tasks, k), axis=1)
+        powers = [self.bins**i for i in reversed(range(self.num_tasks - 1))]
+        return jnp.sum(bins * jnp.asarray(powers, jnp.int32), axis=1, dtype=jnp.int32)
 
-def _as_range(values: Any, name: str) -> np.ndarray:
-    array = np.asarray(values, np.float32)
-    if array.ndim != 1 or array.size < 2:
-        raise ValueError(
-            f"grid {name} must hold one number for each of at least 2 tasks (with one task no "
-            f"behaviour tells cells apart), found shape {array.shape}"
-        )
-    if not np.isfinite(array).all():
-        raise ValueError(f"grid {name} must be finite, found {array.tolist()}")
-    return array
+    def centroids(self, k: int | Int[Array, ""]) -> Float[Array, "cells others"]:
+        """Centres of archive k's cells, in the order of `cell_of`."""
+        lower, upper = self.bounds(k)
+        others = self.num_tasks - 1
+        axes = np.meshgrid(*[np.arange(self.bins)] * others, indexing="ij")
+        middle = (np.stack([a.ravel() for a in axes], axis=-1) + 0.5) / self.bins
+        return lower + (upper - lower) * jnp.asarray(middle, jnp.float32)
 
 
 def make_grid(lower: Any, upper: Any, bins: int) -> Grid:
@@ -73,22 +78,13 @@ def make_grid(lower: Any, upper: Any, bins: int) -> Grid:
         ValueError: fewer than two tasks, shapes that differ, ends out of order or not finite,
             fewer than one bin, or more cells than an int32 can count.
     """
-    low, high = _as_range(lower, "lower"), _as_range(upper, "upper")
-    if low.shape != high.shape:
-        raise ValueError(
-            f"grid lower and upper must have one shape, found {low.shape} and {high.shape}"
-        )
+    low, high = task_ranges(lower, upper, "grid")
     if bins < 1:
         raise ValueError(f"a grid needs at least 1 bin per task, found {bins}")
-    if (low > high).any():
-        task = int(np.argmax(low > high))
-        raise ValueError(
-            f"grid of task {task}: expected lower <= upper, found {low[task]} > {high[task]}"
-        )
     if bins ** (low.size - 1) > np.iinfo(np.int32).max:
         raise ValueError(
             f"{bins} bins for {low.size} tasks make {bins ** (low.size - 1)} cells an archive, "
-            "more than 2147483647: use fewer bins"
+            "more than 2147483647: use fewer bins, or make_cvt, or DominatedNoveltyRepertoire"
         )
     steps = np.arange(1, bins, dtype=np.float64) / bins
     span = high.astype(np.float64) - low.astype(np.float64)
@@ -102,7 +98,7 @@ def make_grid(lower: Any, upper: Any, bins: int) -> Grid:
 
 
 def grid_from_experts(scores: Any, bins: int = 15, low: float = 0.85, high: float = 1.15) -> Grid:
-    """Grid from the experts' scores: per task from 85% of the weakest to 115% of the best expert.
+    """Grid over the experts' scores; see `cycleqd_jax.qd.tessellation.expert_ranges`.
 
     Args:
         scores: (E, K) score of every expert on every task, at least one expert, finite.
@@ -113,41 +109,10 @@ def grid_from_experts(scores: Any, bins: int = 15, low: float = 0.85, high: floa
     Raises:
         ValueError: wrong shape or not finite, or what `make_grid` refuses.
     """
-    table = np.asarray(scores, np.float32)
-    if table.ndim != 2 or table.shape[0] < 1:
-        raise ValueError(f"expected expert scores of shape (experts, tasks), found {table.shape}")
-    weakest, best = table.min(axis=0), table.max(axis=0)
-    # A share of a negative score moves the end inwards, so it is taken the other way round.
-    lower = np.where(weakest >= 0, low * weakest, weakest / low if low else weakest)
-    upper = np.where(best >= 0, high * best, best / high if high else best)
-    return make_grid(lower, upper, bins)
-
-
-def other_tasks(num_tasks: int, k: int | Int[Array, ""]) -> Int[Array, " others"]:
-    """Tasks that choose the cell in archive k, in task order: shape (K-1,); ``k`` may be traced."""
-    position = jnp.arange(num_tasks - 1, dtype=jnp.int32)
-    return position + (position >= k).astype(jnp.int32)
+    return make_grid(*expert_ranges(scores, low, high), bins)
 
 
 def bins_of(grid: Grid, scores: Float[Array, "batch tasks"]) -> Int[Array, "batch tasks"]:
     """Bin of every score on its task, in ``0 .. bins - 1``; NaN falls into bin 0."""
     below = grid.edges < scores.astype(jnp.float32)[:, :, None]
     return jnp.sum(below, axis=-1, dtype=jnp.int32)
-
-
-def cell_of(
-    grid: Grid, scores: Float[Array, "batch tasks"], k: int | Int[Array, ""]
-) -> Int[Array, " batch"]:
-    """Cell of every row in archive k (may be traced), row-major over the other tasks in order."""
-    bins = jnp.take(bins_of(grid, scores), other_tasks(grid.num_tasks, k), axis=1)
-    powers = [grid.bins**i for i in reversed(range(grid.num_tasks - 1))]
-    return jnp.sum(bins * jnp.asarray(powers, jnp.int32), axis=1, dtype=jnp.int32)
-
-
-def centroids(grid: Grid, k: int | Int[Array, ""]) -> Float[Array, "cells others"]:
-    """Centres of archive k's cells, in the order of `cell_of`."""
-    lower, upper = grid.bounds(k)
-    others = grid.num_tasks - 1
-    axes = np.meshgrid(*[np.arange(grid.bins)] * others, indexing="ij")
-    middle = (np.stack([a.ravel() for a in axes], axis=-1) + 0.5) / grid.bins
-    return lower + (upper - lower) * jnp.asarray(middle, jnp.float32)

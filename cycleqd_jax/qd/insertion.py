@@ -2,7 +2,8 @@
 
 1. A row with any score that is not finite never enters and never blocks a rival.
 2. In every archive the best row of the batch competes for its cell; on a tie the first row.
-3. It enters if the cell is empty or its quality is strictly better than the incumbent's.
+3. It enters if the cell is empty or its quality is strictly better than the incumbent's. Rows can
+be kept out of single archives beforehand; they block no rival there either.
 4. A row that enters at least one archive takes one slot of the pool; slots no cell points at are
 free.
 """
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Bool, Float, Int
 
-from cycleqd_jax.qd.grid import Grid, cell_of
+from cycleqd_jax.qd.tessellation import Tessellation
 
 EMPTY = -1
 
@@ -35,7 +36,7 @@ class Decision(struct.PyTreeNode):
     slots_needed: Any
 
 
-def occupied_slots(cells: Int[Array, "tasks cells"], capacity: int) -> Bool[Array, " capacity"]:
+def occupied_slots(cells: Int[Array, "*shape"], capacity: int) -> Bool[Array, " capacity"]:
     """Mask of the pool's slots that some cell points at."""
     # Index -1 would wrap around to the last slot: empty cells point one past the end and are
     # dropped.
@@ -43,49 +44,67 @@ def occupied_slots(cells: Int[Array, "tasks cells"], capacity: int) -> Bool[Arra
     return jnp.zeros(capacity, bool).at[target].set(True, mode="drop")
 
 
-def _entrants(
-    grid: Grid,
+def _challengers(
+    tessellation: Tessellation,
     batch_scores: Float[Array, "batch tasks"],
     valid: Bool[Array, " batch"],
-    incumbent: Float[Array, " cells"],
     k: Int[Array, ""],
-) -> Int[Array, " cells"]:
+) -> tuple[Int[Array, " cells"], Float[Array, " cells"]]:
     rows = jnp.arange(batch_scores.shape[0], dtype=jnp.int32)
+    cells = tessellation.num_cells
     quality = jnp.where(valid, jnp.take(batch_scores, k, axis=1), -jnp.inf)
-    cell = cell_of(grid, batch_scores, k)
-    best = jax.ops.segment_max(quality, cell, num_segments=grid.num_cells)
+    cell = tessellation.cell_of(batch_scores, k)
+    best = jax.ops.segment_max(quality, cell, num_segments=cells)
     winner = valid & (quality == best[cell])
     last = rows.shape[0]
-    first = jax.ops.segment_min(jnp.where(winner, rows, last), cell, num_segments=grid.num_cells)
+    first = jax.ops.segment_min(jnp.where(winner, rows, last), cell, num_segments=cells)
     # A cell without rows gets the identity of min, a cell without valid rows gets `last`.
-    return jnp.where((first < last) & (best > incumbent), first, EMPTY)
+    return jnp.where(first < last, first, EMPTY), best
+
+
+def incumbent_quality(
+    scores: Float[Array, "capacity tasks"], cells: Int[Array, "tasks cells"]
+) -> Float[Array, "tasks cells"]:
+    """Quality of every archive's elites, -inf in empty cells."""
+    tasks = jnp.arange(cells.shape[0], dtype=jnp.int32)[:, None]
+    return jnp.where(cells == EMPTY, -jnp.inf, scores.T[tasks, jnp.maximum(cells, 0)])
 
 
 @jax.jit
 def decide(
-    grid: Grid,
+    tessellation: Tessellation,
     scores: Float[Array, "capacity tasks"],
     cells: Int[Array, "tasks cells"],
     batch_scores: Float[Array, "batch tasks"],
+    eligible: Bool[Array, "tasks batch"] | None = None,
 ) -> Decision:
     """Apply rules 1 to 3 in all archives.
 
     Args:
-        grid: the cells.
+        tessellation: the cells.
         scores: scores of the pool.
         cells: pool index of each archive's cells, -1 = empty.
         batch_scores: scores of the rows that are offered.
+        eligible: which rows may enter which archive; None: every row every archive.
     """
-    tasks = jnp.arange(grid.num_tasks, dtype=jnp.int32)
-    batch = batch_scores.shape[0]
+    tasks = jnp.arange(tessellation.num_tasks, dtype=jnp.int32)
     valid = jnp.isfinite(batch_scores).all(axis=1)
-    qualities = scores.T[tasks[:, None], jnp.maximum(cells, 0)]
-    incumbents = jnp.where(cells == EMPTY, -jnp.inf, qualities)
-    entrant = jax.vmap(_entrants, in_axes=(None, None, None, 0, 0))(
-        grid, batch_scores, valid, incumbents, tasks
+    allowed = jnp.broadcast_to(valid, (tessellation.num_tasks, batch_scores.shape[0]))
+    allowed = allowed if eligible is None else allowed & eligible
+    challenger, best = jax.vmap(_challengers, in_axes=(None, None, 0, 0))(
+        tessellation, batch_scores, allowed, tasks
     )
+    better = best > incumbent_quality(scores, cells)
+    entrant = jnp.where(better, challenger, EMPTY)
+    return decision_of(entrant, cells, scores.shape[0], batch_scores.shape[0])
+
+
+def decision_of(
+    entrant: Int[Array, "tasks cells"], cells: Int[Array, "tasks cells"], capacity: int, batch: int
+) -> Decision:
+    """What follows for the pool when row ``entrant[k, c]`` of a batch takes cell c of archive k."""
     accepted = occupied_slots(entrant, batch)
-    used = occupied_slots(jnp.where(entrant == EMPTY, cells, EMPTY), scores.shape[0])
+    used = occupied_slots(jnp.where(entrant == EMPTY, cells, EMPTY), capacity)
     needed = jnp.sum(used, dtype=jnp.int32) + jnp.sum(accepted, dtype=jnp.int32)
     return Decision(entrant=entrant, accepted=accepted, used=used, slots_needed=needed)
 

@@ -14,17 +14,27 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Key
 from qdax.core.emitters.repertoire_selectors.selector import Selector
 
 Formula = Literal["paper", "reference"]
 
-SMALLEST_WEIGHT = 1e-30
+SMALLEST_WEIGHT, LARGEST_WEIGHT = 1e-30, 1e30
+FLOAT32_EPS = float(np.finfo(np.float32).eps)
 
 
 def occupied_cells(archive: Any) -> Bool[Array, " cells"]:
     """Mask of the cells that hold an elite."""
     return archive.fitnesses[:, 0] != -jnp.inf
+
+
+def _usable(
+    weights: Float[Array, "*archives cells"], occupied: Bool[Array, "*archives cells"], empty: float
+) -> Float[Array, "*archives cells"]:
+    # What is not a positive number counts as the smallest weight: the elite is drawn last.
+    w = weights.astype(jnp.float32)
+    w = jnp.where(w > SMALLEST_WEIGHT, jnp.minimum(w, LARGEST_WEIGHT), SMALLEST_WEIGHT)
+    return jnp.where(occupied, w, empty)
 
 
 def draw_without_replacement(
@@ -39,7 +49,7 @@ def draw_without_replacement(
     both parents. An elite of weight zero is drawn only when no other is left; with no elite at
     all cell 0 is returned.
     """
-    safe = jnp.where(occupied, jnp.maximum(weights, SMALLEST_WEIGHT), 1.0)
+    safe = _usable(weights, occupied, 1.0)
     # Adding Gumbel noise and sorting draws from the sequential distribution (Yellott, 1977).
     noise = jax.random.gumbel(key, weights.shape, jnp.float32)
     scores = jnp.where(occupied, jnp.log(safe) + noise, -jnp.inf)
@@ -63,8 +73,7 @@ class WeightedSelector(Selector):
 
     def probabilities(self, archive: Any) -> Float[Array, " cells"]:
         """Probability of every cell to be the first one drawn; 0 for empty cells."""
-        occupied = occupied_cells(archive)
-        weights = jnp.where(occupied, jnp.maximum(self.weights(archive), SMALLEST_WEIGHT), 0.0)
+        weights = _usable(self.weights(archive), occupied_cells(archive), 0.0)
         return weights / jnp.sum(weights)
 
     def select(self, repertoire: Any, key: jax.Array, num_samples: int) -> Any:
@@ -149,10 +158,77 @@ def min_max(
 
 def _bin_numbers(archive: Any) -> Int[Array, "cells others"]:
     cells, others = archive.centroids.shape
-    bins = round(cells ** (1 / others))
-    if bins**others != cells:
+    bins = getattr(archive, "bins", round(cells ** (1 / others)))
+    if bins is None or bins**others != cells:
         raise ValueError(
-            f"formula 'reference' needs a grid with equal bins per task, found {cells} cells for "
-            f"{others} behaviour characteristics"
+            f"formula 'reference' needs a grid with equal bins per task (see make_grid), found "
+            f"{cells} cells for {others} behaviour characteristics"
         )
     return jnp.asarray(np.stack(np.unravel_index(np.arange(cells), (bins,) * others), axis=-1))
+
+
+def draw_parents(
+    selector: Selector,
+    repertoire: Any,
+    keys: Key[Array, " batch"],
+    archive: Int[Array, " batch"],
+) -> Int[Array, "batch 2"]:
+    """Two parents for every child, as pool indices.
+
+    A `WeightedSelector` weighs each archive once for the whole batch, and two numbers are drawn a
+    child. Any other selector, or one that overrides ``select``, is asked once a child with an
+    index view of its archive. Both draw from the distribution of `draw_without_replacement`.
+
+    Args:
+        selector: a QDax selector.
+        repertoire: a repertoire of K archives with ``num_archives`` and ``index_archive``.
+        keys: one a child, used once.
+        archive: archive each child is bred in.
+    """
+    if isinstance(selector, WeightedSelector) and type(selector).select is WeightedSelector.select:
+        views = jax.vmap(repertoire.index_archive)(
+            jnp.arange(repertoire.num_archives, dtype=jnp.int32)
+        )
+        occupied = jax.vmap(occupied_cells)(views)
+        chosen = _draw_pairs(keys, jax.vmap(selector.weights)(views), occupied, archive)
+        return views.genotypes[archive[:, None], chosen]
+    draw = jax.vmap(lambda key, k: selector.select(repertoire.index_archive(k), key, 2))
+    return draw(keys, archive).genotypes
+
+
+def _draw_pairs(
+    keys: Key[Array, " batch"],
+    weights: Float[Array, "archives cells"],
+    occupied: Bool[Array, "archives cells"],
+    archive: Int[Array, " batch"],
+) -> Int[Array, "batch 2"]:
+    # Inverse transform sampling. Taking the first parent's weight off a sum would leave rounding
+    # errors where it dominates; the sums to its left and to its right lose nothing.
+    usable = _usable(weights, occupied, 0.0)
+    left = _running_sums(usable, occupied)
+    right = _running_sums(usable[:, ::-1], occupied[:, ::-1])[:, ::-1]
+    u = jax.vmap(lambda key: jax.random.uniform(key, (2,), jnp.float32))(keys)
+
+    def from_left(v: jax.Array) -> jax.Array:
+        # First cell whose sum exceeds v: an empty cell repeats its neighbour's sum.
+        return jnp.sum(left[archive] <= v[:, None], axis=1, dtype=jnp.int32)
+
+    first = from_left(u[:, 0] * left[archive, -1])
+    first = jnp.minimum(first, left.shape[1] - 1)
+    before = jnp.where(first > 0, left[archive, first - 1], 0.0)
+    after = jnp.where(first + 1 < left.shape[1], right[archive, first + 1], 0.0)
+    v = u[:, 1] * (before + after)
+    # Never 0, so that a cell beyond the last elite is out of reach.
+    rest = jnp.maximum(after - (v - before), after * FLOAT32_EPS)
+    beyond = jnp.sum(right[archive] >= rest[:, None], axis=1, dtype=jnp.int32) - 1
+    second = jnp.where(v < before, from_left(v), beyond)
+    return jnp.stack([first, jnp.where(before + after > 0, second, first)], axis=1)
+
+
+def _running_sums(
+    weights: Float[Array, "archives cells"], occupied: Bool[Array, "archives cells"]
+) -> Float[Array, "archives cells"]:
+    # A parallel sum rounds differently from cell to cell; the running maximum over the elites
+    # makes it never fall, and stay exactly equal in empty cells.
+    sums = jnp.cumsum(weights, axis=1)
+    return jax.lax.cummax(jnp.where(occupied, sums, 0.0), axis=1)

@@ -190,8 +190,8 @@ def _draw(workspace: Workspace, search: Search, folder: RunFolder, best: Choice)
     picture = ArchivePicture(
         quality=quality,
         bins=config.bins,
-        lower=np.asarray(repertoire.grid.lower),
-        upper=np.asarray(repertoire.grid.upper),
+        lower=np.asarray(repertoire.tessellation.lower),
+        upper=np.asarray(repertoire.tessellation.upper),
         tasks=config.tasks,
         experts=search.expert_scores,
         best=[float(score) for score in scores[slot]],

@@ -1,4 +1,7 @@
 import functools
+import os
+import pathlib
+import re
 import subprocess
 import sys
 from typing import Any
@@ -18,6 +21,9 @@ from cycleqd_jax.merging.crossover import linear_crossover
 from cycleqd_jax.merging.expert_svd import expert_svd_mutation
 from cycleqd_jax.merging.layout import GainLayout, LeafLayout
 from cycleqd_jax.merging.mutation import gaussian_mutation, no_mutation
+from cycleqd_jax.qd import insertion
+from cycleqd_jax.qd import metrics as metrics_module
+from cycleqd_jax.qd import pool as module
 from cycleqd_jax.qd.emitter import CycleQDEmitter, breed
 from cycleqd_jax.qd.grid import make_grid
 from cycleqd_jax.qd.metrics import qd_metrics
@@ -262,6 +268,77 @@ def test_equal_emitters_and_many_generations_compile_once():
             key, step_key = jax.random.split(key)
             repertoire, state, _ = algorithm.update(repertoire, state, step_key)
     assert compiled._cache_size() == 1
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_hundred_generations_of_ask_and_tell_compile_each_hot_function_once(in_place):
+    hot: dict[str, Any] = {
+        "breed": breed,
+        "decide": insertion.decide,
+        "write": module._write_in_place if in_place else module._write,
+        "metrics": metrics_module._metrics,
+    }
+    emitter = emitter_of(mutation=gaussian_mutation(0.1), schedule=cycle_per_child)
+    algorithm, repertoire, state = start(emitter, in_place=in_place)
+    for function in hot.values():
+        function.clear_cache()
+    key = jax.random.key(0)
+    for _ in range(100):
+        key, ask_key = jax.random.split(key)
+        children, info = algorithm.ask(repertoire, state, ask_key)
+        fitnesses, descriptors, extra = score(children, None)
+        repertoire, state, _ = algorithm.tell(
+            children, fitnesses, descriptors, repertoire, state, extra, info
+        )
+    assert {name: function._cache_size() for name, function in hot.items()} == dict.fromkeys(hot, 1)
+
+
+def test_the_scan_writes_into_the_pool_it_carries():
+    """The compiled loop holds no copy of an array of the pool's shape."""
+    algorithm, repertoire, state = start(emitter_of(), capacity=108 + 23)
+    scan = jax.jit(
+        lambda c: jax.lax.scan(algorithm.scan_update, c, None, length=6)[0], donate_argnums=0
+    )
+    text = scan.lower((repertoire, state, jax.random.key(0))).compile().as_text() or ""
+    pool = rf"f32\[{108 + 23},{SIZE}\]\S*"
+    assert re.search(rf"= {pool} (scatter|fusion)\(", text)
+    assert not re.search(rf"= {pool} copy\(", text)
+
+
+SHARDED = """
+import jax, numpy as np, pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from tests.qd.test_emitter import emitter_of, start
+
+mesh = jax.make_mesh((4, 2), ("population", "model"), axis_types=(AxisType.Auto,) * 2)
+split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("population",), ()))
+
+def run(emitter, place):
+    algorithm, repertoire, state = start(emitter)
+    scan = jax.jit(lambda c: jax.lax.scan(algorithm.scan_update, c, None, length=5)[0])
+    carry = jax.tree.map(place, (repertoire, state, jax.random.key(3)))
+    return scan(carry), scan.lower(carry).compile().as_text()
+
+(one, _, _), _ = run(emitter_of(), lambda x: x)
+(many, _, _), text = run(emitter_of(sharding=split), lambda x: jax.device_put(x, whole))
+for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+    assert b.sharding.is_fully_replicated
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+# 16 children over 4 shards: a device breeds and scores 4, and gathers the others' rows to write.
+assert "f32[4,5]" in text and "all-gather" in text
+children, _ = emitter_of(sharding=split).emit(
+    jax.device_put(many, whole), type("State", (), {"generation": np.int32(2)}), jax.random.key(0)
+)
+assert children["x"].sharding.shard_shape((16, 5)) == (4, 5)
+with pytest.raises(ValueError, match="batch of 18 children cannot be split evenly"):
+    emitter_of(18, sharding=split)
+"""
+
+
+def test_a_population_sharded_over_devices_gives_the_single_device_archives():
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    root = pathlib.Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=environment, cwd=root)
 
 
 def test_arrays_of_an_operator_are_arguments_not_constants():

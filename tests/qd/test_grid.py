@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cycleqd_jax.qd.grid import bins_of, cell_of, centroids, grid_from_experts, make_grid
+from cycleqd_jax.qd.grid import Grid, bins_of, grid_from_experts, make_grid
 
 
 def test_bins_are_open_below_and_closed_above():
@@ -42,17 +42,17 @@ def test_cells_are_row_major_over_the_other_tasks(tasks):
     for k in range(tasks):
         others = np.delete(rows, k, axis=1)
         expected = np.ravel_multi_index(tuple(others.T), (bins,) * (tasks - 1))
-        np.testing.assert_array_equal(cell_of(grid, scores, k), expected)
-        np.testing.assert_array_equal(jax.jit(cell_of)(grid, scores, jnp.int32(k)), expected)
+        np.testing.assert_array_equal(grid.cell_of(scores, k), expected)
+        np.testing.assert_array_equal(jax.jit(Grid.cell_of)(grid, scores, jnp.int32(k)), expected)
 
 
 @pytest.mark.parametrize("k", [0, 1, 2])
 def test_a_centroid_falls_into_its_own_cell(k):
     grid = make_grid([0.0, -1.0, 2.0], [1.0, 1.0, 5.0], 4)
-    centres = centroids(grid, k)
+    centres = grid.centroids(k)
     assert centres.shape == (16, 2)
     scores = jnp.insert(centres, k, 0.3, axis=1)
-    np.testing.assert_array_equal(cell_of(grid, scores, k), np.arange(16))
+    np.testing.assert_array_equal(grid.cell_of(scores, k), np.arange(16))
 
 
 def test_bounds_leave_out_the_archives_own_task():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cycleqd_jax.qd.cvt import CVT
 from cycleqd_jax.qd.grid import make_grid
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 
@@ -20,24 +22,18 @@ VALUES = [-5.0, 0.0, 0.25, 1.0, 1.25, 1.5, 2.0, 2.25, 3.0, 9.0, math.nan, math.i
 
 @dataclasses.dataclass
 class SlowArchives:
-    """``archives[k][cell] = (number, scores)``; cells are tuples of bins of width 1 from 0 to 3."""
+    """``archives[k][cell] = (number, scores)``; ``cell_of(k, row)`` says where a row belongs."""
 
-    archives: list[dict[tuple[int, ...], tuple[int, tuple[float, ...]]]]
-
-    @staticmethod
-    def bin(score):
-        """Bins (0, 1], (1, 2], (2, 3], and what is outside belongs to the ends."""
-        if score <= 1:
-            return 0
-        return 1 if score <= 2 else 2
+    cell_of: Callable[[int, tuple[float, ...]], int]
+    archives: list[dict[int, tuple[int, tuple[float, ...]]]]
 
     def offer(self, numbers, rows):
         for k, archive in enumerate(self.archives):
-            champions: dict[tuple[int, ...], tuple[int, tuple[float, ...]]] = {}
+            champions: dict[int, tuple[int, tuple[float, ...]]] = {}
             for number, row in zip(numbers, rows, strict=True):
                 if not all(math.isfinite(s) for s in row):
                     continue
-                cell = tuple(self.bin(s) for i, s in enumerate(row) if i != k)
+                cell = self.cell_of(k, row)
                 if cell not in champions or row[k] > champions[cell][1][k]:
                     champions[cell] = (number, row)
             for cell, challenger in champions.items():
@@ -49,20 +45,48 @@ class SlowArchives:
         return {number for archive in self.archives for number, _ in archive.values()}
 
 
+def grid_and_rule(tasks):
+    """Bins (0, 1], (1, 2], (2, 3], and what is outside belongs to the ends."""
+
+    def cell_of(k, row):
+        cell = 0
+        for i, score in enumerate(row):
+            if i != k:
+                cell = BINS * cell + (0 if score <= 1 else 1 if score <= 2 else 2)
+        return cell
+
+    return make_grid([0.0] * tasks, [3.0] * tasks, BINS), cell_of
+
+
+def voronoi_and_rule(tasks):
+    """Centres among points of a lattice, so that many rows are equally far from several."""
+    rng = np.random.default_rng(tasks)
+    centres = rng.choice([0.0, 0.5, 1.0, 2.0, 3.5], size=(tasks, 5, tasks - 1))
+
+    def cell_of(k, row):
+        inside = [min(max(score, 0.0), 4.0) for i, score in enumerate(row) if i != k]
+        far = [sum((a - b) ** 2 for a, b in zip(inside, c, strict=True)) for c in centres[k]]
+        return far.index(min(far))
+
+    ends = jnp.zeros(tasks), jnp.full(tasks, 4.0)
+    return CVT(*ends, jnp.asarray(centres, jnp.float32)), cell_of
+
+
+KINDS: dict[str, Any] = {"grid": grid_and_rule, "voronoi": voronoi_and_rule}
+
+
 def check_equal(repertoire, slow):
-    tasks = repertoire.num_archives
     cells = np.asarray(repertoire.cells)
     ids = np.asarray(repertoire.genotypes["id"])
     copies = np.asarray(repertoire.extra_scores["note"])
     scores = np.asarray(repertoire.scores)
-    for k in range(tasks):
-        expected = np.full((BINS,) * (tasks - 1), -1)
-        for cell, (number, row) in slow.archives[k].items():
+    for k, archive in enumerate(slow.archives):
+        expected = np.full(cells.shape[1], -1)
+        for cell, (number, row) in archive.items():
             expected[cell] = number
-            slot = cells[k].reshape(expected.shape)[cell]
-            np.testing.assert_array_equal(scores[slot], row)
+            np.testing.assert_array_equal(scores[cells[k, cell]], row)
         found = np.where(cells[k] >= 0, ids[cells[k]], -1)
-        np.testing.assert_array_equal(found, expected.ravel())
+        np.testing.assert_array_equal(found, expected)
         np.testing.assert_array_equal(np.where(cells[k] >= 0, copies[cells[k], 0], -1), found)
     occupied = np.isin(np.arange(repertoire.capacity), cells)
     assert set(ids[occupied]) == slow.elites
@@ -76,29 +100,35 @@ def batch(numbers, rows):
     return {"id": ids, "w": ids[:, None].astype(jnp.bfloat16)}, scores, {"note": ids[:, None]}
 
 
-def empty_repertoire(tasks, capacity):
+def first_repertoire(tasks, capacity, kind="grid"):
     """A repertoire made of one row that the slow model knows too."""
+    cells, rule = KINDS[kind](tasks)
     genotypes, scores, extra = batch([0], [(0.5,) * tasks])
-    grid = make_grid([0.0] * tasks, [3.0] * tasks, BINS)
     repertoire = CyclicRepertoire.init(
-        genotypes, scores, scores, grid, extra, capacity=capacity, keys_extra_scores=("note",)
+        genotypes, scores, scores, cells, extra, capacity=capacity, keys_extra_scores=("note",)
     )
-    slow = SlowArchives([{} for _ in range(tasks)])
+    slow = SlowArchives(rule, [{} for _ in range(tasks)])
     slow.offer([0], [(0.5,) * tasks])
     return repertoire, slow
 
 
-def histories(tasks):
+@st.composite
+def histories(draw, tasks):
+    """Batches of rows, half of the histories made of a few rows that come again and again."""
     row = st.tuples(*[st.sampled_from(VALUES)] * tasks)
-    return st.lists(st.lists(row, min_size=BATCH, max_size=BATCH), min_size=1, max_size=5)
+    if draw(st.booleans()):
+        row = st.sampled_from(draw(st.lists(row, min_size=1, max_size=4)))
+    return draw(st.lists(st.lists(row, min_size=BATCH, max_size=BATCH), min_size=1, max_size=5))
 
 
-@pytest.mark.parametrize("tasks", [2, 3, 4])
-def test_any_history_gives_the_slow_models_archives(tasks):
+@pytest.mark.parametrize(
+    ("kind", "tasks"), [("grid", 2), ("grid", 3), ("grid", 4), ("voronoi", 2), ("voronoi", 4)]
+)
+def test_any_history_gives_the_slow_models_archives(kind, tasks):
     @settings(max_examples=25, deadline=None, derandomize=True)
     @given(histories(tasks))
     def check(history):
-        repertoire, slow = empty_repertoire(tasks, capacity=2 if tasks == 2 else 7)
+        repertoire, slow = first_repertoire(tasks, 2 if tasks == 2 else 7, kind)
         for t, rows in enumerate(history):
             numbers = list(range(1 + t * BATCH, 1 + (t + 1) * BATCH))
             genotypes, scores, extra = batch(numbers, rows)
@@ -106,15 +136,17 @@ def test_any_history_gives_the_slow_models_archives(tasks):
             repertoire = repertoire.add(genotypes, scores, scores, extra)
             slow.offer(numbers, rows)
             check_equal(repertoire, slow)
-            # It grows only when it must, and by doubling.
+            # It grows only when it must, and by doubling, at most to an elite a cell.
             if repertoire.capacity > before:
-                assert before < len(slow.elites) <= repertoire.capacity < 2 * len(slow.elites)
+                assert before < len(slow.elites) <= repertoire.capacity
+                assert repertoire.capacity <= min(2 * len(slow.elites) - 1, repertoire.cells.size)
 
     check()
 
 
-def test_compiled_insertion_agrees_with_the_slow_model():
-    repertoire, slow = empty_repertoire(3, capacity=27)
+@pytest.mark.parametrize("kind", ["grid", "voronoi"])
+def test_compiled_insertion_agrees_with_the_slow_model(kind):
+    repertoire, slow = first_repertoire(3, 27, kind)
     add: Any = jax.jit(lambda r, g, s, e: r.add(g, s, s, e))
     rng = np.random.default_rng(0)
     for t in range(20):
@@ -127,8 +159,21 @@ def test_compiled_insertion_agrees_with_the_slow_model():
     assert add._cache_size() == 1
 
 
+def test_ten_tasks_agree_with_the_slow_model():
+    """More tasks than a grid could hold: 15 bins would be 15 ** 9 cells."""
+    repertoire, slow = first_repertoire(10, 64, "voronoi")
+    rng = np.random.default_rng(0)
+    for t in range(8):
+        numbers = list(range(1 + t * BATCH, 1 + (t + 1) * BATCH))
+        rows = [tuple(r) for r in rng.choice(VALUES[:10], size=(BATCH, 10))]
+        genotypes, scores, extra = batch(numbers, rows)
+        repertoire = repertoire.add(genotypes, scores, scores, extra)
+        slow.offer(numbers, rows)
+        check_equal(repertoire, slow)
+
+
 def offered(rows, tasks=2):
-    repertoire, _ = empty_repertoire(tasks, capacity=1)
+    repertoire, _ = first_repertoire(tasks, capacity=1)
     genotypes, scores, extra = batch(range(1, 1 + len(rows)), rows)
     return repertoire.add(genotypes, scores, scores, extra)
 

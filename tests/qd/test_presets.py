@@ -106,7 +106,7 @@ def test_a_preset_breeds(name, space):
     turns = [0, 1, 2, 0, 1, 2] if name == "reference" else [0] * 6
     np.testing.assert_array_equal(info["archive"], turns)
     assert (np.asarray(info["parents"]) >= 0).all()
-    assert repertoire.grid.bins == 15
+    assert repertoire.tessellation.bins == 15
 
 
 def same_operator(found, expected):

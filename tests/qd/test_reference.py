@@ -123,7 +123,7 @@ def as_float64(tau):
 
 def cells_of(repertoire, k):
     """Cell as bin numbers -> slot of the pool, for the occupied cells of archive k."""
-    row, bins = np.asarray(repertoire.cells[k]), repertoire.grid.bins
+    row, bins = np.asarray(repertoire.cells[k]), repertoire.tessellation.bins
     shape = (bins,) * (TASKS - 1)
     return {
         tuple(map(int, np.unravel_index(c, shape))): int(row[c]) for c in np.flatnonzero(row >= 0)

@@ -8,8 +8,7 @@ from qdax.core.containers.mapelites_repertoire import MapElitesRepertoire
 from qdax.core.emitters.repertoire_selectors.uniform_selector import UniformSelector
 from qdax.utils.metrics import default_qd_metrics
 
-from cycleqd_jax.qd import insertion
-from cycleqd_jax.qd import repertoire as module
+from cycleqd_jax.qd import insertion, pool
 from cycleqd_jax.qd.grid import make_grid
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 
@@ -104,7 +103,7 @@ def test_the_pool_doubles_when_it_must_and_loses_nothing():
 
 def test_default_capacity_covers_the_worst_case_when_it_is_small(monkeypatch):
     assert make().capacity == 8
-    monkeypatch.setattr(module, "FULL_POOL_BYTES", 0)
+    monkeypatch.setattr(pool, "FULL_POOL_BYTES", 0)
     assert make().capacity == 8
     wide = make_grid([0.0] * 3, [1.0] * 3, 15)
     scores = jnp.full((2, 3), 0.5)
@@ -131,10 +130,23 @@ def test_the_old_repertoire_is_unchanged():
     jax.tree.map(np.testing.assert_array_equal, repertoire, before)
 
 
+def test_in_place_the_pool_keeps_its_memory_and_the_old_repertoire_is_spent():
+    copied, owned = make(capacity=8), make(capacity=8, in_place=True)
+    grid = owned.tessellation
+    memory = owned.genotypes["w"].unsafe_buffer_pointer()
+    batch = numbered(3, 50), SCORES + 0.05, SCORES + 0.05
+    after = owned.add(*batch)
+    assert after.in_place
+    assert after.genotypes["w"].unsafe_buffer_pointer() == memory
+    assert owned.genotypes["w"].is_deleted()
+    jax.tree.map(np.testing.assert_array_equal, after.replace(in_place=False), copied.add(*batch))
+    assert not grid.edges.is_deleted()
+
+
 def test_equal_shapes_compile_once():
     repertoire = make(capacity=8)
     decide: Any = insertion.decide
-    write: Any = module._write
+    write: Any = pool._write
     decide.clear_cache()
     write.clear_cache()
     for seed in range(5):
@@ -186,7 +198,7 @@ class TestBadInput:
 
     def test_centroids_that_are_no_grid(self):
         centres: Any = jnp.ones((4, 1))
-        with pytest.raises(ValueError, match="expected a Grid"):
+        with pytest.raises(ValueError, match=r"expected cells such as make_grid.*found ArrayImpl"):
             CyclicRepertoire.init(numbered(3), SCORES, SCORES, centres)
 
     def test_a_capacity_of_zero(self):
