@@ -25,7 +25,7 @@ from jax.sharding import AbstractMesh, AxisType
 from cycleqd_jax.chips import CHIPS, Chip
 from cycleqd_jax.merging.layout import GainLayout
 from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors, gain_layout
-from cycleqd_jax.models.cache import KVCache, unstack_layers
+from cycleqd_jax.models.cache import KVCache, prefill, reshape_cache, unstack_layers
 from cycleqd_jax.models.config import LlamaConfig, RopeScaling
 from cycleqd_jax.models.convert import load_config
 from cycleqd_jax.models.kernels import attach
@@ -188,18 +188,22 @@ def abstract_arrays(config: LlamaConfig, mesh: AnyMesh, work: Workload) -> Array
         basis,
         _gains(layout, (work.candidates,)),
     )
-    heads = jax.ShapeDtypeStruct(
-        (work.rows, config.num_kv_heads, work.slots, config.head_dim), dtype
-    )
-    layers = (heads,) * config.num_layers
-    positions = jax.ShapeDtypeStruct((work.rows, work.slots), jnp.int32)
+    tokens = jax.ShapeDtypeStruct((work.rows, prompt_bucket(work.prompt)), jnp.int32)
+    row = jax.ShapeDtypeStruct((work.rows,), jnp.int32)
+
+    def filled(weights: Any, tokens: Any, row: Any) -> KVCache:
+        cache = prefill(weights, config, tokens, row, row)[1]
+        return reshape_cache(cache, row, work.slots)
+
     everywhere = replicated(mesh)
     return Arrays(
         params=_placed(params, weight_sharding(config, mesh)),
         basis=_placed(basis, weight_sharding(config, mesh, basis)),
         gains=jax.tree.map(lambda x: _on(x, everywhere), _gains(layout, ())),
         population=_placed(population, weight_sharding(config, mesh, population)),
-        cache=_placed(KVCache(layers, layers, positions), cache_sharding(config, mesh)),
+        cache=_placed(
+            jax.eval_shape(filled, population, tokens, row), cache_sharding(config, mesh)
+        ),
     )
 
 
