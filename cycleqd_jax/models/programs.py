@@ -96,25 +96,25 @@ class Programs:
 
         return call
 
-    def _prefix(self, weights: LlamaParams, tokens: Array, rows: Array | None) -> KVCache:
+    def _prefix(self, weights: LlamaParams, tokens: Array, rows: Array) -> KVCache:
         """The cache of a prefix: `tokens` (candidates, prefix), without padding."""
         lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
-        return prefill(weights, self._config, tokens, lengths, rows)[1]
+        weights, numbers = _blocks(weights, rows)
+        return prefill(weights, self._config, tokens, lengths, numbers)[1]
 
     def _enter(
         self, weights: LlamaParams, prompts: Prompts, prefix: KVCache | None, cuts: Cuts | None
     ) -> tuple[Array, Rows, KVCache]:
         """The first token of every row, the state and the cache after its prompt."""
-        stacked = kernels.is_stacked(weights)
         batch, width = prompts.tokens.shape
-        pieces = 1 if stacked else _pieces(batch, width)
+        pieces = 1 if kernels.is_stacked(weights) else _pieces(batch, width)
 
         def piece(part: Prompts) -> tuple[Array, KVCache]:
             before = None
             if prefix is not None:
                 before = jax.tree.map(lambda leaf: leaf[part.prefix], prefix)
-            rows = None if stacked else part.candidate
-            return prefill(weights, self._config, part.tokens, part.lengths, rows, before)
+            chosen, rows = _blocks(weights, part.candidate)
+            return prefill(chosen, self._config, part.tokens, part.lengths, rows, before)
 
         # Pieces that fit the processor's cache: activations of a whole batch would not.
         parts = jax.tree.map(lambda leaf: leaf.reshape(pieces, -1, *leaf.shape[1:]), prompts)
@@ -192,6 +192,13 @@ class Programs:
     def _repack(self, state: Rows, cache: KVCache, keep: Array, slots: int) -> tuple[Rows, KVCache]:
         """The batch of the rows `keep`, with `slots` slots."""
         return jax.tree.map(lambda leaf: leaf[keep], state), reshape_cache(cache, keep, slots)
+
+
+def _blocks(weights: LlamaParams, rows: Array) -> tuple[LlamaParams, Array | None]:
+    """Weights and row numbers for a batch; stacked weights have their rows in blocks instead."""
+    if kernels.is_stacked(weights):
+        return kernels.per_row(weights, rows), None
+    return weights, rows
 
 
 def _pieces(rows: int, width: int) -> int:

@@ -253,13 +253,11 @@ class Stream:
     def _prefix_cache(self, prefix: "_Prefix", shared: tuple[int, ...]) -> KVCache:
         """The prefix in every candidate that asks for it, computed when the first row enters."""
         if prefix.cache is None:
-            if self._groups > 1:
-                order, rows = list(range(self._groups)), None
-            else:
+            order = list(range(self._groups))
+            if self._groups == 1:
                 order = sorted(prefix.candidates)
-                padded = bucket(len(order), row_buckets(len(order)))
-                order += order[:1] * (padded - len(order))
-                rows = np.array(order, np.int32)
+                order += order[:1] * (bucket(len(order), self._buckets) - len(order))
+            rows = np.array(order, np.int32)
             prefix.row_of = {candidate: row for row, candidate in reversed(list(enumerate(order)))}
             tokens = np.tile(np.array(shared, np.int32), (len(order), 1))
             prefix.cache = self._programs.prefix(self._weights, tokens, rows)
