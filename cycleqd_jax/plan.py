@@ -146,14 +146,15 @@ class Arrays(struct.PyTreeNode):
         params: the base, layers stacked.
         basis: factors of all experts, matrices in the weights' dtype.
         gains: of one candidate.
-        population: weights for decoding all candidates together, layers unstacked.
+        decoded: weights that decoding gets, layers unstacked: kernels of all candidates, or the
+            built weights of one.
         cache: of the rows that are decoded at a time.
     """
 
     params: Any
     basis: Any
     gains: Any
-    population: Any
+    decoded: Any
     cache: Any
 
 
@@ -182,12 +183,15 @@ def abstract_arrays(config: LlamaConfig, mesh: AnyMesh, work: Workload) -> Array
     )
     basis = jax.tree.map(factors, table)
     layout = gain_layout(basis)
-    population = jax.eval_shape(
-        lambda *trees: unstack_layers(attach(*trees)),
-        params,
-        basis,
-        _gains(layout, (work.candidates,)),
-    )
+    if work.builds:
+        decoded = jax.eval_shape(unstack_layers, params)
+    else:
+        decoded = jax.eval_shape(
+            lambda *trees: unstack_layers(attach(*trees)),
+            params,
+            basis,
+            _gains(layout, (work.candidates,)),
+        )
     tokens = jax.ShapeDtypeStruct((work.rows, prompt_bucket(work.prompt)), jnp.int32)
     row = jax.ShapeDtypeStruct((work.rows,), jnp.int32)
 
@@ -200,9 +204,9 @@ def abstract_arrays(config: LlamaConfig, mesh: AnyMesh, work: Workload) -> Array
         params=_placed(params, weight_sharding(config, mesh)),
         basis=_placed(basis, weight_sharding(config, mesh, basis)),
         gains=jax.tree.map(lambda x: _on(x, everywhere), _gains(layout, ())),
-        population=_placed(population, weight_sharding(config, mesh, population)),
+        decoded=_placed(decoded, weight_sharding(config, mesh, decoded)),
         cache=_placed(
-            jax.eval_shape(filled, population, tokens, row), cache_sharding(config, mesh)
+            jax.eval_shape(filled, decoded, tokens, row), cache_sharding(config, mesh)
         ),
     )
 
@@ -310,7 +314,7 @@ def _generation(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Bytes and operations of one device, per phase."""
     item = jnp.dtype(config.dtype).itemsize
-    matrices = arrays.params if work.builds else arrays.population
+    matrices = arrays.decoded
     # Of the input embeddings only the tokens' rows are read, unless they are the head too.
     read = matrices if config.tie_embeddings else matrices.replace(embed=None)
     numbers = sum(_device_size(x) for x in jax.tree.leaves(read))

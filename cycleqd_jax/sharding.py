@@ -22,6 +22,7 @@ from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors
 from cycleqd_jax.models.cache import KVCache
 from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.kernels import CandidateVector, SpectralKernel, StackedKernel
+from cycleqd_jax.models.programs import Placement
 from cycleqd_jax.models.specs import LeafSpec, LlamaParams, leaf_paths, leaf_table
 
 POPULATION, MODEL = "population", "model"
@@ -46,9 +47,7 @@ def mesh_shape(text: str) -> tuple[int, int]:
     """
     parts = text.lower().split("x")
     if len(parts) != 2 or not all(part.isdecimal() and int(part) > 0 for part in parts):
-        raise ValueError(
-            f"expected a mesh as POPULATIONxMODEL, such as 8x1 or 4x2, found {text!r}"
-        )
+        raise ValueError(f"expected a mesh as POPULATIONxMODEL, such as 8x1 or 4x2, found {text!r}")
     return int(parts[0]), int(parts[1])
 
 
@@ -145,6 +144,12 @@ def cache_sharding(config: LlamaConfig, mesh: AnyMesh) -> KVCache:
     heads = NamedSharding(mesh, PartitionSpec(POPULATION, RULES["kv_heads"]))
     layers = (heads,) * config.num_layers
     return KVCache(keys=layers, values=layers, positions=row_sharding(mesh))
+
+
+def batch_placement(config: LlamaConfig, mesh: AnyMesh) -> Placement:
+    """What a `Decoder` needs to split its batches over ``population``."""
+    heads = cache_sharding(config, mesh).keys[0]
+    return Placement(rows=row_sharding(mesh), heads=heads, parts=mesh.shape[POPULATION])
 
 
 def row_sharding(mesh: AnyMesh) -> NamedSharding:

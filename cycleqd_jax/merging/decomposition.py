@@ -251,9 +251,7 @@ def _over_devices(
 ) -> Any:
     layers = stacks[0].shape[0]
     missing = -layers % mesh.size
-    padded = tuple(
-        jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1)) for stack in stacks
-    )
+    padded = tuple(jnp.pad(stack, [(0, missing)] + [(0, 0)] * (stack.ndim - 1)) for stack in stacks)
     split = PartitionSpec(mesh.axis_names)
 
     def one(matrices: tuple[jax.Array, ...]) -> Any:
