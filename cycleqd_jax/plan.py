@@ -224,7 +224,9 @@ class Plan:
         config: the model.
         work: one generation.
         mesh: sizes of ``population`` and ``model``.
-        memory: part -> bytes on one device.
+        memory: part -> bytes on one device, all that is alive at the busiest moment.
+        programs: "build", "prefill" and "decode" -> bytes that the program alone needs on one
+            device: arguments, results and what lies between.
         bytes_read: phase -> bytes that one device reads or writes in a generation.
         flops: phase -> operations of one device in a generation.
     """
@@ -233,6 +235,7 @@ class Plan:
     work: Workload
     mesh: tuple[int, int]
     memory: Mapping[str, int]
+    programs: Mapping[str, int]
     bytes_read: Mapping[str, float]
     flops: Mapping[str, float]
 
@@ -264,39 +267,39 @@ def make_plan(config: LlamaConfig, mesh: AnyMesh, work: Workload) -> Plan:
     arrays = abstract_arrays(config, mesh, work)
     sizes = mesh.shape[POPULATION], mesh.shape[MODEL]
     weights, factors = device_bytes(arrays.params), device_bytes(arrays.basis)
-    size = gain_layout(arrays.basis).size
-    memory = {"weights": weights, "factors": factors}
+    one = 4 * gain_layout(arrays.basis).size
+    memory = {"weights": weights, "factors": factors, "gains": one * work.candidates}
     if work.builds:
-        memory["child"] = weights
+        memory["child"] = decoded = weights
     else:
         memory["norms"] = _vector_bytes(config, work.candidates)
-    rows = work.rows // sizes[0]
-    # One set of gains a candidate, and while tokens are generated one a row beside it.
-    memory["gains"] = 4 * size * (work.candidates + (0 if work.builds else rows))
+        # One set of gains a row, while tokens are generated.
+        memory["gains of rows"] = one * (work.rows // sizes[0])
+        decoded = weights + factors + memory["norms"] + memory["gains"]
     memory["cache"] = device_bytes(arrays.cache)
-    memory["activations"] = max(
-        enter_temporaries(config, sizes, work), chunk_temporaries(config, sizes, work)
-    )
-    reads, flops = _generation(config, arrays, sizes, work)
-    return Plan(config, work, sizes, memory, reads, flops)
+    prompts = memory["cache"] * prompt_bucket(work.prompt) // work.slots
+    between = _temporaries(config, sizes, work)
+    programs = {
+        "build": weights + factors + one + weights + between["build"],
+        "prefill": decoded + prompts + between["prefill"],
+        "decode": decoded + memory.get("gains of rows", 0) + memory["cache"] + between["decode"],
+    }
+    memory["activations"] = max(between.values())
+    return Plan(config, work, sizes, memory, programs, *_generation(config, arrays, sizes, work))
 
 
-def enter_temporaries(config: LlamaConfig, mesh: tuple[int, int], work: Workload) -> int:
-    """Bytes that prefilling a batch needs on one device besides weights and cache, estimated."""
-    width = prompt_bucket(work.prompt)
-    rows = max(1, min(work.rows, PREFILL_TOKENS // width))
-    return _logit_bytes(config, mesh, work.rows) + _layer_bytes(config, mesh, rows, width, width)
-
-
-def chunk_temporaries(config: LlamaConfig, mesh: tuple[int, int], work: Workload) -> int:
-    """Bytes that a decoding step needs on one device besides weights and cache, estimated."""
-    rows = -(-work.rows // mesh[0])
-    return _logit_bytes(config, mesh, work.rows) + _layer_bytes(config, mesh, rows, 1, work.slots)
-
-
-def _logit_bytes(config: LlamaConfig, mesh: tuple[int, int], rows: int) -> int:
-    """Logits in the weights' dtype and in float32."""
-    return rows * config.vocab_size * (4 + jnp.dtype(config.dtype).itemsize) // (mesh[0] * mesh[1])
+def _temporaries(config: LlamaConfig, mesh: tuple[int, int], work: Workload) -> dict[str, int]:
+    """Bytes that a program needs on one device besides arguments and results, estimated."""
+    # A leaf is built a layer at a time, in float32.
+    largest = max(np.prod(s.shape) for s in jax.tree.leaves(leaf_table(config)))
+    width, rows = prompt_bucket(work.prompt), work.rows // mesh[0]
+    logits = rows * config.vocab_size * (4 + jnp.dtype(config.dtype).itemsize) // mesh[1]
+    piece = max(1, min(rows, PREFILL_TOKENS // width))
+    return {
+        "build": 4 * int(largest) // mesh[1],
+        "prefill": logits + _layer_bytes(config, mesh, piece, width, width),
+        "decode": logits + _layer_bytes(config, mesh, rows, 1, work.slots),
+    }
 
 
 def _layer_bytes(
