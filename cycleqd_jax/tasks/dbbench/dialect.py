@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, ClassVar
 
 from cycleqd_jax.tasks.dbbench.errors import AgentError
 
@@ -40,7 +40,7 @@ _COMPARISONS: dict[type, str] = {
     exp.GTE: ">=",
 }
 _ARITHMETIC = (exp.Add, exp.Sub, exp.Mul, exp.Div, exp.Mod, exp.IntDiv)
-_RENAMED = {exp.Left: "my_left", exp.Right: "my_right", exp.Rand: "my_rand"}
+_RENAMED: dict[type, str] = {exp.Left: "my_left", exp.Right: "my_right", exp.Rand: "my_rand"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _Backticks(SQLite):
     """SQLite's dialect; a name in double quotes that is no column would be taken for text."""
 
     class Tokenizer(SQLite.Tokenizer):
-        IDENTIFIERS = ("`",)
+        IDENTIFIERS: ClassVar[list[str | tuple[str, str]]] = ["`"]
 
 
 def translate(statement: str, table: str) -> Translated | None:
@@ -77,8 +77,10 @@ def translate(statement: str, table: str) -> Translated | None:
     if isinstance(tree, exp.Transaction | exp.Commit | exp.Rollback | exp.Set):
         return None
     if isinstance(tree, exp.Use):
-        if tree.name != table:
-            raise AgentError(1049, f"Unknown database '{tree.name}'")
+        if tree.this.name != table:
+            raise AgentError(
+                1044, f"Access denied for user 'agent'@'localhost' to database '{tree.this.name}'"
+            )
         return None
     if isinstance(tree, exp.Describe | exp.Show):
         return Translated(_describe(tree, table), writes=False)

@@ -370,7 +370,7 @@ def connect(table):
     # The same numbers for the same statement, whoever runs it again.
     chance = random.Random(0)
     db.create_function("my_rand", -1, lambda *_: chance.random())
-    db.create_aggregate("my_group_concat", 4, GroupConcat)
+    db.create_aggregate("my_group_concat", 4, GroupConcat)  # type: ignore[arg-type]
     columns = ", ".join(f"{quote(name)} TEXT COLLATE mysql" for name in table["columns"])
     db.execute(f"CREATE TABLE {quote(table['name'])} ({columns})")
     places = ", ".join("?" * len(table["columns"]))

@@ -76,7 +76,7 @@ CHANGES = [
     f"UPDATE {T} SET `No of goals` = `No of goals` + 0.1 WHERE `No of goals` >= 9",
     f"UPDATE {T} t SET t.Club = CONCAT(t.Club, ' FC'), Name = TRUE WHERE t.Club IS NOT NULL",
     f"UPDATE {T} SET Club = 'x' ORDER BY Name DESC LIMIT 2",
-    f"UPDATE {T} SET `No of goals` = 3 / 2",
+    f"UPDATE {T} SET `No of goals` = `No of goals` / 4",
     f"DELETE FROM {T} WHERE `No of goals` = 0",
     f"DELETE FROM {T} WHERE Club = 'oslo' LIMIT 1",
     f"TRUNCATE TABLE {T}",

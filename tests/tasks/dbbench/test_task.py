@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cycleqd_jax.sandbox import MemoSandbox, Sandbox
-from cycleqd_jax.tasks.base import Request
+from cycleqd_jax.tasks.base import Request, Split
 from cycleqd_jax.tasks.dbbench import prompt
 from cycleqd_jax.tasks.dbbench.backend import Backend
 from cycleqd_jax.tasks.dbbench.records import Record, Table
@@ -19,6 +19,7 @@ from cycleqd_jax.tasks.rollout import rollout
 
 T = "`Team Players`"
 Play = Callable[..., list[float]]
+SPLITS: tuple[Split, ...] = ("search", "validation", "test")
 
 
 @pytest.fixture
@@ -141,14 +142,14 @@ def test_splits_are_disjoint_and_depend_on_the_id_alone(players: Table) -> None:
         Record(f"standard/{i}", i, "other", f"Q{i}", players, ("x",)) for i in range(60)
     )
     task, less = (DBBenchTask(r, SQLiteBackend()) for r in (records, records[::2]))
-    seen: dict[str, str] = {}
-    for split in ("search", "validation", "test"):
-        size = int(str(_size(task, split)))
-        drawn = task.problems(split, size, seed=1)  # type: ignore[arg-type]
+    seen: dict[str, Split] = {}
+    for split in SPLITS:
+        size = _size(task, split)
+        drawn = task.problems(split, size, seed=1)
         seen |= {problem.record.id: split for problem in drawn}
-        assert task.problems(split, size, seed=1) == drawn  # type: ignore[arg-type]
+        assert task.problems(split, size, seed=1) == drawn
         assert len({p.prompt for p in drawn}) == size
-        for problem in less.problems(split, _size(less, split)):  # type: ignore[arg-type]
+        for problem in less.problems(split, _size(less, split)):
             assert seen[problem.record.id] == split
     assert len(seen) == 60
     assert task.problems("search", 5, seed=1) != task.problems("search", 5, seed=2)
@@ -158,9 +159,9 @@ def test_splits_are_disjoint_and_depend_on_the_id_alone(players: Table) -> None:
         task.problems("train", 1)
 
 
-def _size(task: DBBenchTask, split: str) -> int:
+def _size(task: DBBenchTask, split: Split) -> int:
     with pytest.raises(ValueError, match="ask for fewer") as error:
-        task.problems(split, 10_000)  # type: ignore[arg-type]
+        task.problems(split, 10_000)
     return int(str(error.value).split("found ")[1].split()[0])
 
 
