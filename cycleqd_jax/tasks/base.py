@@ -150,8 +150,12 @@ def draw_problems(
         difficulty: passed to ``make``.
 
     Raises:
-        ValueError: the generator knows fewer than ``count`` problems of this split.
+        ValueError: the generator knows fewer than ``count`` problems of this split, or generated
+            problems have no such split.
     """
+    if split not in _SPLIT_OF_DIGIT:
+        known = ", ".join(dict.fromkeys(_SPLIT_OF_DIGIT))
+        raise ValueError(f"split: expected one of {known} for generated problems, found {split!r}")
     rng = random.Random(f"{split}/{seed}/{difficulty}")
     found: dict[str, P] = {}
     misses = 0

@@ -20,7 +20,7 @@ try:
     from sqlglot import exp
     from sqlglot.dialects.mysql import MySQL
     from sqlglot.dialects.sqlite import SQLite
-    from sqlglot.errors import ErrorLevel, SqlglotError
+    from sqlglot.errors import ErrorLevel
 except ImportError as missing:
     raise ImportError(
         "DBBench on SQLite needs sqlglot for MySQL's dialect: pip install 'cycleqd-jax[tasks]'"
@@ -82,11 +82,11 @@ def translate(statement: str, table: str) -> Translated | None:
                 1044, f"Access denied for user 'agent'@'localhost' to database '{tree.this.name}'"
             )
         return None
-    if isinstance(tree, exp.Describe | exp.Show):
-        return Translated(_describe(tree, table), writes=False)
     if isinstance(tree, exp.Create | exp.Drop) and tree.kind not in ("TABLE", "VIEW", "INDEX"):
         raise AgentError(1044, "Access denied for user 'agent'@'localhost' to this statement")
-    try:
+    with _for_the_agent(statement):
+        if isinstance(tree, exp.Describe | exp.Show):
+            return Translated(_describe(tree, table), writes=False)
         _check_tables(tree, table)
         if isinstance(tree, exp.TruncateTable):
             tree = exp.Delete(this=tree.expressions[0])
@@ -94,8 +94,6 @@ def translate(statement: str, table: str) -> Translated | None:
         sql = _Backticks().generate(
             tree, comments=False, identify=True, unsupported_level=ErrorLevel.IGNORE, copy=False
         )
-    except (SqlglotError, RecursionError) as error:
-        raise _syntax_error(statement) from error
     changes = exp.Insert | exp.Update | exp.Delete | exp.Create | exp.Drop | exp.Alter
     if not isinstance(tree, exp.Query | changes):
         raise AgentError(1235, "This version of MySQL doesn't yet support this statement")
@@ -108,14 +106,11 @@ def _parse(statement: str, table: str) -> exp.Expression:
     # Without keys a REPLACE is an INSERT, and IGNORE has nothing to ignore.
     statement = re.sub(r"^\s*REPLACE\s+INTO\b", "INSERT INTO", statement, flags=re.IGNORECASE)
     statement = re.sub(r"^\s*UPDATE\s+IGNORE\b", "UPDATE", statement, flags=re.IGNORECASE)
-    with _quiet():
-        try:
-            tokens = MySQL().tokenize(statement)
-            if len(tokens) > _MAX_TOKENS or _depth(tokens) > _MAX_DEPTH:
-                raise AgentError(1436, "Thread stack overrun: the statement is too complex")
-            trees = [tree for tree in MySQL().parser().parse(tokens, statement) if tree]
-        except (SqlglotError, RecursionError) as error:
-            raise _syntax_error(statement) from error
+    with _for_the_agent(statement):
+        tokens = MySQL().tokenize(statement)
+        if len(tokens) > _MAX_TOKENS or _depth(tokens) > _MAX_DEPTH:
+            raise AgentError(1436, "Thread stack overrun: the statement is too complex")
+        trees = [tree for tree in MySQL().parser().parse(tokens, statement) if tree]
     if not trees:
         raise AgentError(1065, "Query was empty")
     if len(trees) > 1:
@@ -135,13 +130,18 @@ def _depth(tokens: list[Any]) -> int:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """The parser complains to its log; the agent is the one to be told."""
+def _for_the_agent(statement: str) -> Iterator[None]:
+    """Whatever the parser stumbles over is the agent's syntax error, and is told to it alone."""
     logger = logging.getLogger("sqlglot")
     level = logger.level
     logger.setLevel(logging.CRITICAL)
     try:
         yield
+    except AgentError:
+        raise
+    # Not only the parser's own errors: on texts that are no SQL it can meet a TypeError too.
+    except Exception as error:
+        raise _syntax_error(statement) from error
     finally:
         logger.setLevel(level)
 
@@ -346,6 +346,8 @@ def _store_updated(tree: exp.Update) -> None:
 
 def _limit_change(tree: exp.Update | exp.Delete) -> None:
     """ORDER BY and LIMIT of a change, which not every SQLite has, as a choice of rows."""
+    if len(tree.args.get("tables") or ()) == 1:
+        tree.set("tables", None)  # DELETE t FROM t
     order, limit, where = (tree.args.get(name) for name in ("order", "limit", "where"))
     if not limit:
         tree.set("order", None)  # without a limit it changes nothing

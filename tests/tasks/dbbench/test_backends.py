@@ -79,6 +79,7 @@ CHANGES = [
     f"UPDATE {T} SET `No of goals` = `No of goals` / 4",
     f"DELETE FROM {T} WHERE `No of goals` = 0",
     f"DELETE FROM {T} WHERE Club = 'oslo' LIMIT 1",
+    f"DELETE {T} FROM {T} WHERE Club = 'oslo'",
     f"TRUNCATE TABLE {T}",
     f"UPDATE {T} SET Club = 'line\\nbreak' WHERE Name LIKE 'b%'",
 ]

@@ -92,7 +92,7 @@ def test_a_session_whose_account_is_gone_fails_its_problem(
 ) -> None:
     session = mysql.session(players)
     finish(session.execute("SET PASSWORD = PASSWORD('another')"))
-    with pytest.raises(OutOfLimits, match="no connection: .*Access denied"):
+    with pytest.raises(OutOfLimits, match=r"no connection: .*Access denied"):
         finish(session.execute("SELECT 1"))
     session.close()
 
