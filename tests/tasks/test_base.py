@@ -173,5 +173,5 @@ def test_a_demonstration_without_its_observation_is_an_error() -> None:
 
 @every_task
 def test_made_problems_have_no_validation_split(name: str) -> None:
-    with pytest.raises(ValueError, match="expected one of train, search, test .* 'validation'"):
+    with pytest.raises(ValueError, match=r"expected one of train, search, test .* 'validation'"):
         draw(name, "validation", 1)

@@ -110,7 +110,7 @@ def _serve(folder: Path, data: Path, files: Path, account: str | None) -> Iterat
 def _wait(process: "subprocess.Popen[bytes]", port: int, log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        # Port 0 is served too, before the first accounts exist.
+        # The log says so after the first accounts exist.
         if b"ready for connections" in log.read_bytes():
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
                 return
@@ -127,11 +127,8 @@ def _free_port() -> int:
 
 def _find(program: str) -> str | None:
     # Servers live in folders that are not on every user's path.
-    return shutil.which(program, path=os.pathsep.join([os.get_exec_path()[0], *_folders()]))
-
-
-def _folders() -> list[str]:
-    return [*os.get_exec_path(), "/usr/sbin", "/usr/local/sbin", "/usr/libexec"]
+    folders = [*os.get_exec_path(), "/usr/sbin", "/usr/local/sbin", "/usr/libexec"]
+    return shutil.which(program, path=os.pathsep.join(folders))
 
 
 if __name__ == "__main__":
