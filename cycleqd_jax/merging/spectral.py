@@ -196,56 +196,11 @@ def decompose(
             for t, w in zip(taus, stored, strict=True)
         ]
         errors[path] = np.stack([error for _, _, error in blocks], axis=-1)
-        node = _join([MatrixFactors(u=u, v=v, ranks=(u.shape[-1],)) for u, v, _ in blocks])
-        ranks[path] = node.ranks
-        nodes.append(node)
+        ranks[path] = tuple(int(u.shape[-1]) for u, _, _ in blocks)
+        u = jnp.concatenate([u for u, _, _ in blocks], axis=-1)
+        v = jnp.concatenate([v for _, v, _ in blocks], axis=-1)
+        nodes.append(MatrixFactors(u=u, v=v, ranks=ranks[path]))
     return treedef.unflatten(nodes), DecompositionReport(ranks=ranks, error=errors)
-
-
-def _join(factors: Sequence[Any]) -> Any:
-    """One leaf's factors of several groups of experts, block after block."""
-    if isinstance(factors[0], VectorFactors):
-        return VectorFactors(delta=jnp.concatenate([f.delta for f in factors], axis=-2))
-    return MatrixFactors(
-        u=jnp.concatenate([f.u for f in factors], axis=-1),
-        v=jnp.concatenate([f.v for f in factors], axis=-1),
-        ranks=tuple(rank for f in factors for rank in f.ranks),
-    )
-
-
-def concatenate(bases: Sequence[SpectralBasis]) -> SpectralBasis:
-    """One basis of the experts of several bases, in their order.
-
-    Experts that were decomposed and experts that come as factors (LoRA adapters) so share a space.
-
-    Args:
-        bases: at least one; leaves of equal kind, with equal leading axes, m, n and d.
-
-    Raises:
-        ValueError: no basis, or one that differs from the first; the message names the leaf.
-    """
-    if not bases:
-        raise ValueError("expected at least one basis, found none")
-    first = jax.tree.map(_experts_removed, bases[0], is_leaf=_is_factors)
-    for number, basis in enumerate(bases[1:], start=1):
-        other = jax.tree.map(_experts_removed, basis, is_leaf=_is_factors)
-        check_same_tree(first, other, "basis 0", f"basis {number}")
-    return jax.tree.map(lambda *factors: _join(factors), *bases, is_leaf=_is_factors)
-
-
-def _experts_removed(factors: Any) -> Any:
-    """What two groups of experts must agree in, as shapes without arrays."""
-    if isinstance(factors, MatrixFactors):
-        *layers, m, _ = factors.u.shape
-        shape: tuple[int, ...] = (*layers, m, factors.v.shape[-2])
-    elif isinstance(factors, VectorFactors):
-        *layers, _, d = factors.delta.shape
-        shape = (*layers, d)
-    else:
-        raise ValueError(
-            f"expected a tree of MatrixFactors and VectorFactors, found {type(factors).__name__}"
-        )
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def num_experts(basis: SpectralBasis | GainLayout) -> int:
@@ -313,7 +268,8 @@ def materialise(base: Any, basis: SpectralBasis, gains: Any) -> Any:
     """Parameters of one genotype, ``base + expand(basis, gains)``: added in float32, base's dtype.
 
     A stacked leaf is built layer by layer inside its result: under ``jit``, what is alive besides
-    arguments and result is one layer in float32. For a population,
+    arguments and result is one layer in float32 (on a CPU, for 16-bit weights, also a copy of one
+    leaf). For a population,
     ``jax.vmap(materialise, in_axes=(None, None, 0))``. `compile_materialise` is the jitted form.
     """
 
@@ -323,7 +279,7 @@ def materialise(base: Any, basis: SpectralBasis, gains: Any) -> Any:
             return _add(b, _weighted_sum(factors.delta, g))
         if factors.u.shape[-1] == 0:
             return b
-        return _add_layer_by_layer(b, factors, g)
+        return _add_layer_by_layer(b, factors.u, factors.v, g)
 
     return jax.tree.map(leaf, base, gains, basis)
 
@@ -332,20 +288,42 @@ def _add(b: jax.Array, shift: jax.Array) -> jax.Array:
     return (b.astype(jnp.float32) + shift).astype(b.dtype)
 
 
-def _add_layer_by_layer(base: jax.Array, factors: MatrixFactors, gains: Any) -> jax.Array:
+@jax.jit  # a loop outside jit would be compiled again at every call
+def _add_layer_by_layer(
+    base: Float[Array, "*layers m n"],
+    u: Float[Array, "*layers m r"],
+    v: Float[Array, "*layers n r"],
+    gains: Float[Array, "*layers r"],
+) -> Float[Array, "*layers m n"]:
     *batch, m, n = base.shape
-    layers, rank = int(np.prod(batch, dtype=np.int64)), factors.u.shape[-1]
-    u = factors.u.reshape(layers, m, rank)
-    v = factors.v.reshape(layers, n, rank)
-    g = gains.reshape(layers, rank)
+    count, rank = int(np.prod(batch, dtype=np.int64)), u.shape[-1]
+    us, vs, gs = u.reshape(count, m, rank), v.reshape(count, n, rank), gains.reshape(count, rank)
 
-    def build(layer: Any, stack: jax.Array) -> jax.Array:
-        # In the carry, not as the output of a scan: so the result may take a donated base's place.
-        return stack.at[layer].set(
-            _add(stack[layer], _weighted_outer(u[layer], v[layer], g[layer]))
-        )
+    def looped(carried: Any) -> Callable[..., jax.Array]:
+        def build(layer: Any, stack: jax.Array) -> jax.Array:
+            at = [jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (us, vs, gs)]
+            old = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+            new = _add(jax.lax.bitcast_convert_type(old, base.dtype), _weighted_outer(*at))
+            new = jax.lax.bitcast_convert_type(new, carried)
+            return jax.lax.dynamic_update_index_in_dim(stack, new, layer, 0)
 
-    stack = jax.lax.fori_loop(0, layers, build, base.reshape(layers, m, n))
+        def run(stack: jax.Array) -> jax.Array:
+            # Carried, not put out by a scan: so the result may take a donated base's place.
+            stack = jax.lax.bitcast_convert_type(stack, carried)
+            return jax.lax.bitcast_convert_type(
+                jax.lax.fori_loop(0, count, build, stack), base.dtype
+            )
+
+        return run
+
+    stack = base.reshape(count, m, n)
+    if base.dtype.itemsize == 4:
+        return looped(base.dtype)(stack).reshape(base.shape)
+    # XLA's CPU backend writes a layer of bfloat16 by turning the whole stack into float32 and back
+    # at every step; its bits it writes in place, for the price of one copy of the leaf.
+    stack = jax.lax.platform_dependent(
+        stack, cpu=looped(jnp.dtype("uint16")), default=looped(base.dtype)
+    )
     return stack.reshape(base.shape)
 
 

@@ -51,6 +51,7 @@ def evolve(
     *,
     train_seconds: float = 0.0,
     command: str = "",
+    cache: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run CycleQD and write everything about it to ``out``; return the summary.
@@ -63,6 +64,7 @@ def evolve(
         out: the run's folder, new or of the same config.
         train_seconds: what making the experts took, for the summary.
         command: what reproduces the run, for the model cards.
+        cache: folder where decompositions are kept from run to run; None keeps none.
         console: where tables go; by default the terminal's.
 
     Raises:
@@ -76,7 +78,7 @@ def evolve(
             _show(console, done, folder)
             return done
         clock = Clock()
-        workspace = open_workspace(config)
+        workspace = open_workspace(config, cache)
         console.print(
             f"basis: rank {_ranks(workspace)} of each of {len(workspace.experts)} experts, "
             f"retained energy {workspace.report.mean():.4f} "

@@ -5,11 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-from threadpoolctl import threadpool_limits
-
 from cycleqd_jax.merging.decomposition import DecompositionReport
-from cycleqd_jax.merging.spectral import decompose
+from cycleqd_jax.merging.spectral import FLOAT32_EPS, decompose
 from cycleqd_jax.merging.task_vector import task_vector
 from cycleqd_jax.models.convert import load_model
 from cycleqd_jax.models.specs import LlamaConfig, roles
@@ -18,6 +15,7 @@ from cycleqd_jax.models.tokenizer import (
     check_same_tokenizer,
     load_tokenizer,
 )
+from cycleqd_jax.runs.basis_cache import cached_decomposition
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.tasks.base import Problem, Task
 from cycleqd_jax.tasks.registry import make_tasks
@@ -55,8 +53,12 @@ class Workspace:
         }
 
 
-def open_workspace(config: RunConfig) -> Workspace:
+def open_workspace(config: RunConfig, cache: Path | None = None) -> Workspace:
     """Load and check everything a run starts from.
+
+    Args:
+        config: what to run.
+        cache: folder where decompositions are kept from run to run; None keeps none.
 
     Raises:
         ValueError: an unknown task, a folder that is no model, an expert of another architecture,
@@ -71,13 +73,19 @@ def open_workspace(config: RunConfig) -> Workspace:
         check_same_architecture({config.base: architecture, folder: other})
         check_same_tokenizer(Path(config.base), Path(folder))
         experts[name] = params
-    vectors = [task_vector(params, base) for params in experts.values()]
-    # The many small eigenproblems are up to a hundred times slower when BLAS threads of a busy
-    # machine wait for each other.
-    with threadpool_limits(1, user_api="blas"):
-        basis, report = jax.block_until_ready(
-            decompose(vectors, roles(architecture), config.rank, base=base)
-        )
+    policy = roles(architecture)
+    basis, report = cached_decomposition(
+        cache,
+        [Path(config.base), *map(Path, config.experts.values())],
+        {"rank": config.rank, "noise": FLOAT32_EPS, "method": "gram"},
+        policy,
+        lambda: decompose(
+            [task_vector(params, base) for params in experts.values()],
+            policy,
+            config.rank,
+            base=base,
+        ),
+    )
     return Workspace(
         config=config,
         architecture=architecture,
