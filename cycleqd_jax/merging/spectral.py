@@ -268,20 +268,22 @@ def materialise(base: Any, basis: SpectralBasis, gains: Any) -> Any:
     """Parameters of one genotype, ``base + expand(basis, gains)``: added in float32, base's dtype.
 
     A stacked leaf is built layer by layer inside its result: under ``jit``, what is alive besides
-    arguments and result is one layer in float32 (on a CPU, for 16-bit weights, also a copy of one
-    leaf). For a population,
+    arguments and result is one layer in float32. (XLA's CPU backend has no 16-bit writes into an
+    array: there, for 16-bit weights, it is one leaf in float32.) For a population,
     ``jax.vmap(materialise, in_axes=(None, None, 0))``. `compile_materialise` is the jitted form.
     """
+    return jax.tree.map(lambda b, g, f: _build(None, b, g, f), base, gains, basis)
 
-    def leaf(b: Any, g: Any, factors: Any) -> jax.Array:
-        b = jnp.asarray(b)
-        if isinstance(factors, VectorFactors):
-            return _add(b, _weighted_sum(factors.delta, g))
-        if factors.u.shape[-1] == 0:
-            return b
-        return _add_layer_by_layer(b, factors.u, factors.v, g)
 
-    return jax.tree.map(leaf, base, gains, basis)
+def _build(old: Any, base: Any, gains: Any, factors: Any) -> jax.Array:
+    base = jnp.asarray(base)
+    if isinstance(factors, VectorFactors):
+        return _add(base, _weighted_sum(factors.delta, gains))
+    if factors.u.shape[-1] == 0:
+        return base
+    if base.ndim == 2:
+        return _add(base, _weighted_outer(factors.u, factors.v, gains))
+    return _build_layers(old, base, factors.u, factors.v, gains)
 
 
 def _add(b: jax.Array, shift: jax.Array) -> jax.Array:
@@ -289,42 +291,28 @@ def _add(b: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 @jax.jit  # a loop outside jit would be compiled again at every call
-def _add_layer_by_layer(
+def _build_layers(
+    old: Float[Array, "*layers m n"] | None,
     base: Float[Array, "*layers m n"],
     u: Float[Array, "*layers m r"],
     v: Float[Array, "*layers n r"],
     gains: Float[Array, "*layers r"],
 ) -> Float[Array, "*layers m n"]:
+    """Base plus directions, written over ``old``; over the base itself where that is None."""
     *batch, m, n = base.shape
     count, rank = int(np.prod(batch, dtype=np.int64)), u.shape[-1]
-    us, vs, gs = u.reshape(count, m, rank), v.reshape(count, n, rank), gains.reshape(count, rank)
+    weights, us, vs = (x.reshape(count, *x.shape[-2:]) for x in (base, u, v))
+    gs = gains.reshape(count, rank)
 
-    def looped(carried: Any) -> Callable[..., jax.Array]:
-        def build(layer: Any, stack: jax.Array) -> jax.Array:
-            at = [jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in (us, vs, gs)]
-            old = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
-            new = _add(jax.lax.bitcast_convert_type(old, base.dtype), _weighted_outer(*at))
-            new = jax.lax.bitcast_convert_type(new, carried)
-            return jax.lax.dynamic_update_index_in_dim(stack, new, layer, 0)
+    def build(layer: Any, stack: jax.Array) -> jax.Array:
+        sources = (stack if old is None else weights, us, vs, gs)
+        b, *rest = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in sources)
+        new = _add(b, _weighted_outer(*rest))
+        return jax.lax.dynamic_update_index_in_dim(stack, new, layer, 0)
 
-        def run(stack: jax.Array) -> jax.Array:
-            # Carried, not put out by a scan: so the result may take a donated base's place.
-            stack = jax.lax.bitcast_convert_type(stack, carried)
-            return jax.lax.bitcast_convert_type(
-                jax.lax.fori_loop(0, count, build, stack), base.dtype
-            )
-
-        return run
-
-    stack = base.reshape(count, m, n)
-    if base.dtype.itemsize == 4:
-        return looped(base.dtype)(stack).reshape(base.shape)
-    # XLA's CPU backend writes a layer of bfloat16 by turning the whole stack into float32 and back
-    # at every step; its bits it writes in place, for the price of one copy of the leaf.
-    stack = jax.lax.platform_dependent(
-        stack, cpu=looped(jnp.dtype("uint16")), default=looped(base.dtype)
-    )
-    return stack.reshape(base.shape)
+    # Carried, not put out by a scan: so the result may take the place of a donated array.
+    start = weights if old is None else old.reshape(count, m, n)
+    return jax.lax.fori_loop(0, count, build, start).reshape(base.shape)
 
 
 def compile_materialise(base: Any, *, reuse: bool = False) -> Callable[..., Any]:
@@ -346,5 +334,4 @@ def compile_materialise(base: Any, *, reuse: bool = False) -> Callable[..., Any]
 
 
 def _rebuild(old: Any, base: Any, basis: SpectralBasis, gains: Any) -> Any:
-    del old
-    return materialise(base, basis, gains)
+    return jax.tree.map(_build, old, base, gains, basis)

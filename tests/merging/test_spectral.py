@@ -227,7 +227,7 @@ def stacked(dtype, layers=24, m=96, n=128, rank=8):
 def test_what_is_alive_besides_the_model_is_one_layer(dtype):
     base, basis = stacked(dtype)
     model, layer = base["w"].nbytes, 96 * 128 * 4
-    room = 3 * layer + (0 if dtype == jnp.float32 else model)  # see `materialise`
+    room = 3 * layer + (0 if dtype == jnp.float32 else 2 * model)  # see `materialise`
     gains = zero_gains(basis)
     used = compile_materialise(base).lower(base, basis, gains).compile().memory_analysis()
     assert used.temp_size_in_bytes < room
