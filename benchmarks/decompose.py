@@ -17,6 +17,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
     def ours(method: Method) -> Any:
         return jax.block_until_ready(factorise(on_jax, floor, case.rank, method=method))
 
-    runs: dict[str, Callable[[], Any]] = {m: (lambda m=m: ours(m)) for m in case.methods}
+    runs: dict[str, Callable[[], Any]] = {m: partial(ours, m) for m in case.methods}
     runs["torch"] = lambda: torch.linalg.svd(on_torch, full_matrices=False)
     results = {name: run() for name, run in runs.items()}  # compiles, and warms torch's threads
     seconds: dict[str, list[float]] = {name: [] for name in runs}

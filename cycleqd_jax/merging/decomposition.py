@@ -8,6 +8,7 @@ the detection of an expert's rank and the meaning of a gain need.
 import contextlib
 import dataclasses
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -153,7 +154,7 @@ def check_method(method: Any, rank: int | None, mesh: Mesh | None) -> None:
     if method == "randomized" and rank is None:
         raise ValueError("method 'randomized' needs a rank, found None; 'gram' finds every rank")
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    host_chosen = mesh is None and jax.config.jax_default_device is not None
+    host_chosen = mesh is None and _default_device() is not None
     if method == "gram" and platform == "tpu" and not host_chosen:
         raise ValueError(
             "method 'gram' needs float64, which a TPU does not have: pass method='svd', or "
@@ -230,7 +231,7 @@ def _over_layers(
         mesh = Mesh(mesh.devices, mesh.axis_names)
         with jax.enable_x64(True):
             return _over_devices(function, stacks, mesh, tuple(static.items()))
-    device = jax.config.jax_default_device
+    device = _default_device()
 
     def one(layer: int) -> Any:
         # JAX's settings belong to a thread.
@@ -270,6 +271,12 @@ def _over_devices(
     return jax.tree.map(lambda out: out[:layers], mapped(*padded))
 
 
+def _default_device() -> Any:
+    """What ``jax.default_device`` is set to in this thread, or None."""
+    config: Any = jax.config
+    return config.jax_default_device
+
+
 @contextlib.contextmanager
 def _one_blas_thread() -> Iterator[None]:
     """One thread a LAPACK call: the calls run side by side, and threads inside them only wait.
@@ -277,7 +284,7 @@ def _one_blas_thread() -> Iterator[None]:
     On a busy machine many small eigenproblems were up to a hundred times slower without this.
     """
     # JAX takes LAPACK from here on first use; a library that is not loaded cannot be limited.
-    import scipy.linalg.cython_lapack  # noqa: F401
+    importlib.import_module("scipy.linalg.cython_lapack")
 
     with threadpool_limits(1, user_api="blas"):
         yield

@@ -185,7 +185,7 @@ def _checksum(ranks: str, arrays: Mapping[str, np.ndarray]) -> str:
         array = arrays[name]
         head = f"{name} {array.dtype.name} {array.shape}".encode()
         digest = hashlib.sha256(head)
-        digest.update(array.reshape(-1).view(np.uint8))
+        digest.update(array.reshape(-1).view(np.uint8).data)
         return digest.hexdigest()
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -229,11 +230,13 @@ def test_what_is_alive_besides_the_model_is_one_layer(dtype):
     model, layer = base["w"].nbytes, 96 * 128 * 4
     room = 3 * layer + (0 if dtype == jnp.float32 else 2 * model)  # see `materialise`
     gains = zero_gains(basis)
-    used = compile_materialise(base).lower(base, basis, gains).compile().memory_analysis()
+    build: Any = compile_materialise(base)
+    rebuild: Any = compile_materialise(base, reuse=True)
+    used: Any = build.lower(base, basis, gains).compile().memory_analysis()
     assert used.temp_size_in_bytes < room
     assert used.output_size_in_bytes <= model + 64
     donated = jax.jit(materialise, donate_argnums=0).lower(base, basis, gains)
-    reused = compile_materialise(base, reuse=True).lower(base, base, basis, gains)
+    reused = rebuild.lower(base, base, basis, gains)
     for used in (donated.compile().memory_analysis(), reused.compile().memory_analysis()):
         assert used.alias_size_in_bytes == model
         assert used.temp_size_in_bytes < room

@@ -62,7 +62,8 @@ def entry(cache: Path) -> Path:
 
 
 def test_a_second_start_finds_the_same_decomposition(tmp_path: Path, folders: list[Path]) -> None:
-    cache, make, lines = tmp_path / "cache", Maker(), []
+    cache, make = tmp_path / "cache", Maker()
+    lines: list[str] = []
     first = cached_decomposition(cache, folders, SETTINGS, ROLES, make, lines.append)
     second = cached_decomposition(cache, folders, SETTINGS, ROLES, make, lines.append)
     assert make.calls == 1
@@ -121,7 +122,8 @@ def flip_rank(data: bytes) -> bytes:
 def test_a_damaged_entry_is_reported_and_replaced(
     tmp_path: Path, folders: list[Path], damage: Any
 ) -> None:
-    cache, make, lines = tmp_path / "cache", Maker(), []
+    cache, make = tmp_path / "cache", Maker()
+    lines: list[str] = []
     whole = cached_decomposition(cache, folders, SETTINGS, ROLES, make, lines.append)
     path = entry(cache)
     good = path.read_bytes()
