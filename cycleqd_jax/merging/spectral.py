@@ -10,22 +10,23 @@ direction,
 and one gain for each expert on vector leaves. Expert e is the indicator of its block, the base is
 zero, and linear crossover and expert-SVD mutation never leave the space.
 
-Only one orthonormal factor is computed: with V orthonormal, ``U = tau V`` rebuilds tau to
-rounding for *any* V that spans its rows, so the poor conditioning of the Gram matrix
-``tau^T tau`` does not enter the reconstruction.
+How the directions are found is in ``decomposition``.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from cycleqd_jax.merging.decomposition import (
     DecompositionReport,
+    Method,
+    check_method,
     factorise,
     noise_floor,
     row_and_column_norms,
@@ -142,6 +143,8 @@ def decompose(
     *,
     base: Any | None = None,
     noise: float = FLOAT32_EPS,
+    method: Method = "gram",
+    mesh: Mesh | None = None,
 ) -> tuple[SpectralBasis, DecompositionReport]:
     """Singular directions of every expert's task vector, all layers of a leaf at once.
 
@@ -163,6 +166,8 @@ def decompose(
             bfloat16 weights too. Pass ``jnp.finfo(jnp.bfloat16).eps`` for LoRA experts that were
             merged into bfloat16 weights: their rounding noise is dropped with everything that is
             hidden under it, and the report says how much that is.
+        method: how the directions are found, see ``decomposition.Method``.
+        mesh: the layers of every leaf are split over all its devices; None uses the default device.
 
     Returns:
         The basis, and a report of ranks and of what was dropped, measured against the given task
@@ -170,9 +175,9 @@ def decompose(
 
     Raises:
         ValueError: no task vectors, trees that differ, an unknown role, too few axes, an entry
-            that is not finite, or ``rank <
-            1``.
+            that is not finite, ``rank < 1``, or a method that is unknown or cannot serve here.
     """
+    check_method(method, rank, mesh)
     _check_inputs(task_vectors, roles, rank, base)
     treedef: Any = jax.tree.structure(roles)
     role_leaves = jax.tree.leaves(roles)
@@ -188,10 +193,11 @@ def decompose(
             nodes.append(VectorFactors(delta=stacked))
             continue
         blocks = [
-            factorise(t, noise_floor(w, noise), rank) for t, w in zip(taus, stored, strict=True)
+            factorise(t, noise_floor(w, noise), rank, method=method, mesh=mesh)
+            for t, w in zip(taus, stored, strict=True)
         ]
-        ranks[path] = tuple(int(u.shape[-1]) for u, _, _ in blocks)
         errors[path] = np.stack([error for _, _, error in blocks], axis=-1)
+        ranks[path] = tuple(int(u.shape[-1]) for u, _, _ in blocks)
         u = jnp.concatenate([u for u, _, _ in blocks], axis=-1)
         v = jnp.concatenate([v for _, v, _ in blocks], axis=-1)
         nodes.append(MatrixFactors(u=u, v=v, ranks=ranks[path]))
@@ -221,9 +227,13 @@ def uniform_gains(basis: SpectralBasis | GainLayout, lam: Any) -> Any:
 def _weighted_outer(
     u: Float[Array, "*layers m r"], v: Float[Array, "*layers n r"], gains: Float[Array, "*layers r"]
 ) -> Float[Array, "*layers m n"]:
-    scaled = u.astype(jnp.float32) * gains.astype(jnp.float32)[..., None, :]
+    """``sum_i g_i u_i v_i^T`` in the factors' own precision, summed in float32."""
+    scaled = (u.astype(jnp.float32) * gains.astype(jnp.float32)[..., None, :]).astype(u.dtype)
     return jnp.matmul(
-        scaled, jnp.swapaxes(v.astype(jnp.float32), -1, -2), precision=jax.lax.Precision.HIGHEST
+        scaled,
+        jnp.swapaxes(v, -1, -2).astype(u.dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
     )
 
 
@@ -241,6 +251,8 @@ def _weighted_sum(
 def expand(basis: SpectralBasis, gains: Any) -> Any:
     """Task vector of a genotype, float32: ``sum_i g_i u_i v_i^T`` or ``sum_e g_e delta_e``.
 
+    Factors that were stored as bfloat16 are multiplied as bfloat16, with float32 sums.
+
     Pass the basis as an argument of the function you jit; a closure would embed it as a constant.
     For a population, ``jax.vmap(expand, in_axes=(None, 0))``.
     """
@@ -256,11 +268,71 @@ def expand(basis: SpectralBasis, gains: Any) -> Any:
 def materialise(base: Any, basis: SpectralBasis, gains: Any) -> Any:
     """Parameters of one genotype, ``base + expand(basis, gains)``: added in float32, base's dtype.
 
-    For a population, ``jax.vmap(materialise, in_axes=(None, None, 0))``.
+    A stacked leaf is built layer by layer inside its result: under ``jit``, what is alive besides
+    arguments and result is one layer in float32. (XLA's CPU backend has no 16-bit writes into an
+    array: there, for 16-bit weights, it is one leaf in float32.) For a population,
+    ``jax.vmap(materialise, in_axes=(None, None, 0))``. `compile_materialise` is the jitted form.
     """
+    return jax.tree.map(lambda b, g, f: _build(None, b, g, f), base, gains, basis)
 
-    def add(b: Any, t: jax.Array) -> jax.Array:
-        b = jnp.asarray(b)
-        return (b.astype(jnp.float32) + t).astype(b.dtype)
 
-    return jax.tree.map(add, base, expand(basis, gains))
+def _build(old: Any, base: Any, gains: Any, factors: Any) -> jax.Array:
+    base = jnp.asarray(base)
+    if isinstance(factors, VectorFactors):
+        return _add(base, _weighted_sum(factors.delta, gains))
+    if factors.u.shape[-1] == 0:
+        return base
+    if base.ndim == 2:
+        return _add(base, _weighted_outer(factors.u, factors.v, gains))
+    return _build_layers(old, base, factors.u, factors.v, gains)
+
+
+def _add(b: jax.Array, shift: jax.Array) -> jax.Array:
+    return (b.astype(jnp.float32) + shift).astype(b.dtype)
+
+
+@jax.jit  # a loop outside jit would be compiled again at every call
+def _build_layers(
+    old: Float[Array, "*layers m n"] | None,
+    base: Float[Array, "*layers m n"],
+    u: Float[Array, "*layers m r"],
+    v: Float[Array, "*layers n r"],
+    gains: Float[Array, "*layers r"],
+) -> Float[Array, "*layers m n"]:
+    """Base plus directions, written over ``old``; over the base itself where that is None."""
+    *batch, m, n = base.shape
+    count, rank = int(np.prod(batch, dtype=np.int64)), u.shape[-1]
+    weights, us, vs = (x.reshape(count, *x.shape[-2:]) for x in (base, u, v))
+    gs = gains.reshape(count, rank)
+
+    def build(layer: Any, stack: jax.Array) -> jax.Array:
+        sources = (stack if old is None else weights, us, vs, gs)
+        b, *rest = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in sources)
+        new = _add(b, _weighted_outer(*rest))
+        return jax.lax.dynamic_update_index_in_dim(stack, new, layer, 0)
+
+    # Carried, not put out by a scan: so the result may take the place of a donated array.
+    start = weights if old is None else old.reshape(count, m, n)
+    return jax.lax.fori_loop(0, count, build, start).reshape(base.shape)
+
+
+def compile_materialise(base: Any, *, reuse: bool = False) -> Callable[..., Any]:
+    """`materialise`, jitted, with every weight sharded as in the base.
+
+    Args:
+        base: parameters whose arrays say where the result's go.
+        reuse: the function takes a model that is no longer needed as its first argument, the last
+            child for example, and builds the new one in its memory. At most base, basis and one
+            model are then alive, and no memory is asked of the system.
+
+    Returns:
+        ``(base, basis, gains) -> parameters``, or ``(old, base, basis, gains) -> parameters``.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, base)
+    if not reuse:
+        return jax.jit(materialise, out_shardings=shardings)
+    return jax.jit(_rebuild, donate_argnums=0, keep_unused=True, out_shardings=shardings)
+
+
+def _rebuild(old: Any, base: Any, basis: SpectralBasis, gains: Any) -> Any:
+    return jax.tree.map(_build, old, base, gains, basis)

@@ -1,0 +1,163 @@
+"""Seconds to decompose task vectors, by every method, against `torch.linalg.svd`.
+
+    python benchmarks/decompose.py [--rounds 3] [--json FILE]
+
+All of them get the same matrices, of Llama-like shapes: a flat spectrum (independent entries, the
+hardest to truncate) and one that falls over three decades, as task vectors of fine-tuned models
+do. They take turns, round after round, and the median counts. Printed besides: the relative error
+of `u v^T`, its excess over the best possible one where directions are dropped, and how far the
+orthonormal factor is from orthonormal, both in float64. The limit is the time of the matrix
+products alone (Gram matrix in float64, image and check in float32) at the speed that matrix
+products of this shape reach here, without any eigenproblem.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+
+from cycleqd_jax.merging.decomposition import METHODS, Method, factorise
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    shape: tuple[int, int, int]
+    decades: float
+    rank: int | None
+    methods: tuple[Method, ...]
+
+
+CASES = (
+    Case("square, flat", (4, 1024, 1024), 0.0, None, ("gram", "svd")),
+    Case("square, falling", (4, 1024, 1024), 3.0, None, ("gram", "svd")),
+    Case("wide, falling", (2, 1024, 2816), 3.0, None, ("gram", "svd")),
+    Case("wide, falling, rank 64", (2, 1024, 2816), 3.0, 64, METHODS),
+    Case("wide, flat, rank 64", (2, 1024, 2816), 0.0, 64, METHODS),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    rows = [row for case in CASES for row in measure(case, options.rounds)]
+    for row in rows:
+        print(
+            f"{row['row']:36s} {row['ours']:7.3f} s   {row['peer_name']} {row['peer']:7.3f} s   "
+            f"ratio {row['ratio']:5.2f}   products alone {row['limit']:6.3f} s   "
+            f"error {row['error']:.1e}   excess {row['excess']:.1e}   "
+            f"orthonormal to {row['orthonormal']:.1e}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
+    tau = task_vectors(case)
+    on_torch, on_jax = torch.from_numpy(tau), jnp.asarray(tau)
+    floor = np.zeros(tau.shape[0], np.float32)
+
+    def ours(method: Method) -> Any:
+        return jax.block_until_ready(factorise(on_jax, floor, case.rank, method=method))
+
+    runs: dict[str, Callable[[], Any]] = {m: partial(ours, m) for m in case.methods}
+    runs["torch"] = lambda: torch.linalg.svd(on_torch, full_matrices=False)
+    results = {name: run() for name, run in runs.items()}  # compiles, and warms torch's threads
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for _ in range(rounds):
+        for name, run in runs.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    peer = statistics.median(seconds["torch"])
+    best = best_error(tau, case.rank)
+    rows = []
+    for method in case.methods:
+        u, v, _ = results[method]
+        error, orthonormal = quality(tau, np.asarray(u, np.float64), np.asarray(v, np.float64))
+        own = statistics.median(seconds[method])
+        rows.append(
+            {
+                "row": f"{method}: {case.name}",
+                "ours": round(own, 4),
+                "peer": round(peer, 4),
+                "peer_name": "torch.linalg.svd",
+                "unit": "s",
+                "ratio": round(peer / own, 2),
+                "limit": round(products_alone(on_jax, u.shape[-1]), 4),
+                "error": error,
+                "excess": error - best,
+                "orthonormal": orthonormal,
+            }
+        )
+    return rows
+
+
+def task_vectors(case: Case) -> np.ndarray:
+    """Matrices of one case; a falling spectrum is made by scaling the shorter side."""
+    tau = np.random.default_rng(0).normal(size=case.shape)
+    scales = np.geomspace(1.0, 10.0**-case.decades, case.shape[-2])
+    turn = np.linalg.qr(np.random.default_rng(1).normal(size=(case.shape[-2],) * 2))[0]
+    return (1e-3 * turn @ (scales[:, None] * tau)).astype(np.float32)
+
+
+def quality(tau: np.ndarray, u: np.ndarray, v: np.ndarray) -> tuple[float, float]:
+    """Largest relative error over the layers, and largest entry of ``V^T V - I``."""
+    rest = np.linalg.norm(tau - u @ np.swapaxes(v, -1, -2), axis=(-1, -2))
+    short = u if u.shape[-2] < v.shape[-2] else v
+    gram = np.swapaxes(short, -1, -2) @ short
+    error = rest / np.linalg.norm(tau.astype(np.float64), axis=(-1, -2))
+    return float(error.max()), float(np.abs(gram - np.eye(gram.shape[-1])).max())
+
+
+def best_error(tau: np.ndarray, rank: int | None) -> float:
+    """Least relative error any matrices of this rank can have (Eckart and Young, 1936)."""
+    if rank is None:
+        return 0.0
+    values = np.linalg.svd(tau.astype(np.float64), compute_uv=False)
+    tail = np.sqrt(np.square(values[:, rank:]).sum(axis=-1) / np.square(values).sum(axis=-1))
+    return float(tail.max())
+
+
+@jax.jit
+def _gram(tau: Any) -> Any:
+    tau = tau.astype(jnp.float64)
+    return tau @ jnp.swapaxes(tau, -1, -2)
+
+
+@jax.jit
+def _image_and_check(tau: Any, v: Any) -> Any:
+    return (jnp.swapaxes(v, -1, -2) @ tau), v @ (jnp.swapaxes(v, -1, -2) @ tau)
+
+
+def products_alone(tau: Any, rank: int) -> float:
+    def products() -> None:
+        with jax.enable_x64(True):
+            jax.block_until_ready(_gram(tau))
+        jax.block_until_ready(_image_and_check(tau, v))
+
+    v = jnp.ones((*tau.shape[:-1], rank), jnp.float32)
+    products()
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        products()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+if __name__ == "__main__":
+    main()
