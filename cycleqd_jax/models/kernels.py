@@ -1,11 +1,12 @@
 """What stands in place of a weight, and the products that serve every kind of it.
 
 A matrix is an array, or a `SpectralKernel` that holds a whole population of matrices as gains on
-shared directions. A norm vector is an array or a `CandidateVector`. The model calls `project`,
-`embed`, `unembed` and `norm_weight` and never asks which kind it got; `lax.scan` and `vmap` need no
-second code path, since all of them are pytrees.
+shared directions, or a `StackedKernel` that holds every one of them. A norm vector is an array or a
+`CandidateVector`. The model calls `project`, `embed`, `unembed` and `norm_weight` and never asks
+which kind it got; `lax.scan` and `vmap` need no second code path, since all of them are pytrees.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -31,6 +32,17 @@ class SpectralKernel(flax.struct.PyTreeNode):
     gain: Any
 
 
+class StackedKernel(flax.struct.PyTreeNode):
+    """The built matrices of many candidates: `values` (..., C, in, out).
+
+    Without row numbers the batch consists of C equal blocks, block c of candidate c, and a product
+    is one batched product that reads every matrix once. With row numbers every row gathers its own
+    matrix, which is meant for a few rows.
+    """
+
+    values: Any
+
+
 class CandidateVector(flax.struct.PyTreeNode):
     """The same norm vector of many candidates: `values` (..., C, d), or (..., d) for one."""
 
@@ -45,6 +57,8 @@ def project(
     `rows` gives the candidate of every batch row. None means one candidate for all rows, or
     gains that already have one row per batch row.
     """
+    if isinstance(kernel, StackedKernel):
+        return _stacked_product(x, kernel.values, rows)
     if not isinstance(kernel, SpectralKernel):
         return _product(x, kernel)
     y = x @ kernel.base
@@ -57,6 +71,11 @@ def embed(
     tokens: Int[Array, "batch time"], kernel: Any, rows: Int[Array, " batch"] | None = None
 ) -> Float[Array, "batch time hidden"]:
     """Rows of the embedding matrix (vocab, hidden), each in its candidate's version."""
+    if isinstance(kernel, StackedKernel):
+        count = kernel.values.shape[0]
+        if rows is None:
+            rows = jnp.repeat(jnp.arange(count), tokens.shape[0] // count)
+        return kernel.values[rows[:, None], tokens]
     if not isinstance(kernel, SpectralKernel):
         return kernel[tokens]
     y = kernel.base[tokens]
@@ -74,6 +93,8 @@ def unembed(
     """Logits from `head` (hidden, vocab), or from the `embedding` where `head` is None (tied)."""
     if head is not None:
         return project(x, head, rows)
+    if isinstance(embedding, StackedKernel):
+        return _stacked_product(x, jnp.swapaxes(embedding.values, -1, -2), rows)
     if not isinstance(embedding, SpectralKernel):
         return x @ embedding.T
     y = x @ embedding.base.T
@@ -115,10 +136,27 @@ def attach(params: Any, basis: Any, gains: Any) -> Any:
     return jax.tree.map(leaf, params, basis, gains)
 
 
+def stack(models: Sequence[Any], roles: Any) -> Any:
+    """One tree of the built weights of many candidates, all of one structure.
+
+    `roles` is a tree of "matrix" | "vector" of the same structure. Raises ValueError without
+    models.
+    """
+    if not models:
+        raise ValueError("stack: expected at least one model, found none")
+
+    def leaf(role: str, *weights: Any) -> Any:
+        if role == "matrix":
+            return StackedKernel(values=jnp.stack(weights, axis=-3))
+        return CandidateVector(values=jnp.stack(weights, axis=-2))
+
+    return jax.tree.map(leaf, roles, *models)
+
+
 def per_row(params: Any, rows: Int[Array, " batch"]) -> Any:
     """Pick every batch row's gains once, before a decoding loop, so that no step gathers them.
 
-    The result is used with `rows=None`.
+    The result is used with `rows=None`. Stacked weights stay as they are: their rows are in blocks.
     """
 
     def leaf(node: Any) -> Any:
@@ -137,6 +175,8 @@ def materialise_candidate(params: Any, candidate: Int[Array, ""]) -> Any:
     def leaf(node: Any) -> Any:
         if isinstance(node, CandidateVector):
             return jnp.take(node.values, candidate, axis=-2)
+        if isinstance(node, StackedKernel):
+            return jnp.take(node.values, candidate, axis=-3)
         if not isinstance(node, SpectralKernel) or node.u.shape[-1] == 0:
             return node.base if isinstance(node, SpectralKernel) else node
         gain = jnp.take(node.gain, candidate, axis=-2)
@@ -154,7 +194,16 @@ def num_candidates(params: Any) -> int | None:
             return int(node.gain.shape[-2])
         if isinstance(node, CandidateVector):
             return int(node.values.shape[-2])
+        if isinstance(node, StackedKernel):
+            return int(node.values.shape[-3])
     return None
+
+
+def is_stacked(params: Any) -> bool:
+    """Whether the weights are `StackedKernel`s, so that batches must consist of equal blocks."""
+    return any(
+        isinstance(node, StackedKernel) for node in jax.tree.leaves(params, is_leaf=is_kernel)
+    )
 
 
 def spectral_share(params: Any) -> float:
@@ -169,7 +218,7 @@ def spectral_share(params: Any) -> float:
 
 def is_kernel(node: Any) -> bool:
     """Whether a node of the parameters is one of this module's kernels (an `is_leaf`)."""
-    return isinstance(node, SpectralKernel | CandidateVector)
+    return isinstance(node, SpectralKernel | StackedKernel | CandidateVector)
 
 
 @jax.custom_vjp
@@ -193,6 +242,15 @@ def _product_backward(saved: tuple[Array, Array], dy: Array) -> tuple[Array, Arr
 
 
 _product.defvjp(_product_forward, _product_backward)
+
+
+def _stacked_product(x: Array, values: Array, rows: Array | None) -> Array:
+    """X (batch, time, in) times each row's matrix out of (C, in, out)."""
+    if rows is not None:
+        return x @ values[rows]
+    count = values.shape[0]
+    blocks = x.reshape(count, -1, x.shape[-1])
+    return (blocks @ values).reshape(*x.shape[:-1], values.shape[-1])
 
 
 def _per_row(values: Array, rows: Array | None) -> Array:

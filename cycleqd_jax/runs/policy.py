@@ -46,7 +46,8 @@ class PopulationPolicy:
             [request.candidate for request in requests] if self._population else None,
             params=self._params,
         )
-        return self._tokenizer.batch_decode(rows, skip_special_tokens=True)
+        texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return [self._decoder.stops.cut(text) for text in texts]
 
     def _render(self, conversations: set[tuple[Message, ...]]) -> None:
         # The same problems come back every generation: a conversation is rendered once.

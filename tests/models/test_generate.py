@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -7,9 +8,11 @@ import pytest
 
 from cycleqd_jax.merging.spectral import materialise
 from cycleqd_jax.models import kernels
+from cycleqd_jax.models.convert import save_model
 from cycleqd_jax.models.generate import Decoder, DecodeStats
 from cycleqd_jax.models.llama import forward
-from cycleqd_jax.models.specs import LlamaConfig
+from cycleqd_jax.models.sampling import Sampling
+from cycleqd_jax.models.specs import LlamaConfig, roles
 
 CONFIG = LlamaConfig(48, 16, 24, 2, 4, 2, 4, max_positions=96)
 CANDIDATES, NEW_TOKENS = 3, 20
@@ -101,6 +104,101 @@ def test_an_answer_does_not_depend_on_its_company(shared: Decoder) -> None:
     assert shared.decode(questions[::-1]) == together[::-1]
 
 
+def test_stacked_weights_equal_each_candidate_alone(population: Any) -> None:
+    base, basis, gains = population
+    models = [
+        build(base, basis, jax.tree.map(lambda leaf, c=c: leaf[c], gains))
+        for c in range(CANDIDATES)
+    ]
+    # Candidates with different numbers of prompts, more than there are places.
+    candidates = [0] * 11 + [2] * 3 + [1] * 5
+    questions = prompts(len(candidates))
+    engine = decoder(kernels.stack(models, roles(CONFIG)), max_rows=12)
+    answers = engine.decode(questions, candidates)
+    attached = attach(base, basis, gains)
+    assert answers == decoder(attached, mode="rows").decode(questions, candidates)
+    assert len({tuple(answer) for answer in answers}) > CANDIDATES
+
+
+SAMPLED = Sampling(temperature=1.0, top_p=0.95)
+
+
+def test_a_sampled_answer_follows_from_its_seed_alone(shared: Decoder) -> None:
+    questions = prompts(6) * 5
+    seeds = list(range(30))
+    together = shared.decode(questions, sampling=SAMPLED, seeds=seeds)
+    order = np.random.default_rng(1).permutation(30)
+    shuffled = shared.decode(
+        [questions[i] for i in order], sampling=SAMPLED, seeds=[seeds[i] for i in order]
+    )
+    assert shuffled == [together[i] for i in order]
+    alone = [shared.decode([questions[i]], sampling=SAMPLED, seeds=[seeds[i]])[0] for i in (3, 17)]
+    assert alone == [together[3], together[17]]
+    assert len({tuple(answer) for answer in together}) > 20
+
+
+def test_sampling_from_one_token_is_greedy(shared: Decoder) -> None:
+    questions = prompts(9)
+    one = shared.decode(questions, sampling=Sampling(temperature=0.7, top_k=1), seeds=range(9))
+    assert one == shared.decode(questions)
+
+
+def test_other_sampling_settings_compile_nothing(shared: Decoder) -> None:
+    questions = prompts(6) * 5
+    shared.decode(questions, sampling=SAMPLED)
+    before = shared.traces
+    shared.decode(questions, sampling=Sampling(temperature=0.5, top_k=7, top_p=0.8))
+    assert shared.traces == before
+
+
+def test_a_stop_string_ends_an_answer(model: Any, shared: Decoder) -> None:
+    def text(tokens: Any) -> str:
+        return "".join(chr(60 + token) for token in tokens)
+
+    questions = prompts(12)
+    plain = [text(answer) for answer in shared.decode(questions)]
+    stop = max(plain, key=len)[5:8]
+    engine = decoder(model, max_rows=16, stop_strings=[stop], detokenize=text)
+    answers = [text(answer) for answer in engine.decode(questions)]
+    expected = [whole[: whole.index(stop) + 3] if stop in whole else whole for whole in plain]
+    assert answers == expected != plain
+    assert stop not in "".join(map(engine.stops.cut, answers))
+
+
+def test_a_shared_prefix_is_prefilled_once_per_candidate(
+    population: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attached = attach(*population)
+    system = np.random.default_rng(3).integers(4, CONFIG.vocab_size, 40).tolist()
+    questions = [[*system, *question] for question in prompts(6, longest=9)] * CANDIDATES
+    candidates = [c for c in range(CANDIDATES) for _ in range(6)]
+    engine = decoder(attached, mode="rows", max_rows=8, workers=1)
+    prefixes: list[tuple[int, int]] = []
+    widths: list[int] = []
+    compute, enter = engine._programs.prefix, engine._programs.enter
+
+    def counted(weights: Any, tokens: Any, rows: Any) -> Any:
+        prefixes.append(tokens.shape)
+        return compute(weights, tokens, rows)
+
+    def watched(weights: Any, entering: Any, *rest: Any) -> Any:
+        widths.append(entering.tokens.shape[1])
+        return enter(weights, entering, *rest)
+
+    monkeypatch.setattr(engine._programs, "prefix", counted)
+    monkeypatch.setattr(engine._programs, "enter", watched)
+    answers = engine.decode(questions, candidates)
+    # Three candidates, in the bucket of four.
+    assert prefixes == [(4, 32)]
+    assert max(widths) <= 32
+    # One row of each candidate at a time shares nothing.
+    apart = decoder(attached, mode="rows", max_rows=8, workers=1)
+    for i in range(6):
+        mine = list(range(i, 6 * CANDIDATES, 6))
+        alone = apart.decode([questions[j] for j in mine], [candidates[j] for j in mine])
+        assert alone == [answers[j] for j in mine]
+
+
 def test_a_chosen_mode_follows_cost_and_number_of_prompts(population: Any) -> None:
     attached = attach(*population)
     engine = decoder(attached)
@@ -134,7 +232,11 @@ def test_new_gains_and_weights_compile_nothing(population: Any) -> None:
 def test_a_large_run_compiles_a_handful_of_programs(model: Any) -> None:
     engine = decoder(model, max_rows=32, workers=1)
     engine.decode(prompts(150, longest=40))
-    assert engine.traces <= 15
+    # Widths 16, 32 and 48: a prefill and an insertion each; 32, 64 and 96 slots and 16 rows at the
+    # end: a chunk and a repacking each; the first batch, and insertions at other cache sizes.
+    assert engine.traces <= 18
+    engine.decode(prompts(300, longest=40, seed=1))
+    assert engine.traces <= 24
 
 
 def test_two_workers_compile_each_shape_once(model: Any, shared: Decoder) -> None:
@@ -177,6 +279,10 @@ def test_candidates_that_do_not_fit_are_refused(model: Any, population: Any) -> 
         engine.decode([[5], [6]], [0, 3])
     with pytest.raises(ValueError, match=r"prompt 0: expected a candidate in \[0, 1\), found 2"):
         decoder(model).decode([[5]], [2])
+    with pytest.raises(ValueError, match=r"expected one seed per prompt \(1\), found 2"):
+        decoder(model).decode([[5]], seeds=[1, 2])
+    with pytest.raises(ValueError, match=r"prompt 0: expected a seed in \[0, 2\^31\), found -1"):
+        decoder(model).decode([[5]], seeds=[-1])
     with pytest.raises(ValueError, match="expected params here or in the constructor"):
         decoder().decode([[5]])
 
@@ -189,6 +295,8 @@ def test_candidates_that_do_not_fit_are_refused(model: Any, population: Any) -> 
         ({"max_new_tokens": 0}, "at least 1, got 0"),
         ({"max_rows": 0}, "at least 1, got .* 0"),
         ({"mode": "fast"}, "expected a mode of .* got 'fast'"),
+        ({"stop_strings": ["x"]}, "expected detokenize with them, found none"),
+        ({"stop_strings": [""]}, "expected texts, found an empty one"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(
@@ -203,10 +311,46 @@ def test_progress_and_statistics_count_prompts_and_tokens(shared: Decoder) -> No
     finished: list[int] = []
     before = shared.stats
     answers = shared.decode(questions, on_finished=finished.append)
-    assert finished == [16, 4]
+    assert sum(finished) == 20
+    assert len(finished) > 1
     stats = shared.stats
     assert stats.prompts - before.prompts == 20
     assert stats.prefill_tokens - before.prefill_tokens == sum(map(len, questions))
     assert stats.generated_tokens - before.generated_tokens == sum(map(len, answers))
     assert DecodeStats(generated_tokens=6, seconds=2.0).tokens_per_second == 3.0
     assert DecodeStats().tokens_per_second == 0.0
+
+
+def test_greedy_text_is_that_of_transformers(
+    make_params: Callable[..., Any], tmp_path: Any
+) -> None:
+    torch = pytest.importorskip("torch")
+    from transformers import LlamaForCausalLM
+
+    count, new = 64, 64
+    config = dataclasses.replace(CONFIG, vocab_size=96, tie_embeddings=True, pad_id=0)
+    # Logits well apart: a text must not hang on the last bit of a product.
+    params = make_params(config, scale=4.0)
+    save_model(tmp_path / "model", config, params)
+    peer = LlamaForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32).eval()
+    rng = np.random.default_rng(7)
+    questions = [rng.integers(4, 96, rng.integers(3, 31)).tolist() for _ in range(count)]
+    width = max(map(len, questions))
+    ids = torch.tensor([[0] * (width - len(q)) + q for q in questions])
+    mask = torch.tensor([[0] * (width - len(q)) + [1] * len(q) for q in questions])
+    with torch.inference_mode():
+        out = peer.generate(
+            ids,
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=new,
+            min_new_tokens=new,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    engine = Decoder(
+        params, config, stop_tokens=[], pad_token=0, max_new_tokens=new, max_rows=32, workers=1
+    )
+    answers = engine.decode(questions)
+    assert answers == out[:, width:].tolist()
+    assert len({token for answer in answers for token in answer}) > 20

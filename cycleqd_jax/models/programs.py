@@ -1,0 +1,209 @@
+"""The compiled programs of decoding, and the state of a batch that they pass on.
+
+Between two calls of `chunk` the host looks at what was generated; everything else stays on the
+device. The programs contain no collectives and no host callbacks: with sharded weights and rows
+they compile as they are.
+"""
+
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from cycleqd_jax.models import kernels
+from cycleqd_jax.models.cache import KVCache, decode_step, insert_rows, prefill, reshape_cache
+from cycleqd_jax.models.config import LlamaConfig
+from cycleqd_jax.models.llama import rope_tables
+from cycleqd_jax.models.sampling import Cuts, choose
+from cycleqd_jax.models.specs import LlamaParams
+
+STEPS = 8
+"""Decoding steps of a chunk: the host looks at the texts this often."""
+
+_PREFILL_TOKENS = 1024
+
+
+class Rows(flax.struct.PyTreeNode):
+    """The state of a batch, arrays (batch,): int32, `done` bool.
+
+    `token` was chosen last and stands at `position` of its text; `left` more may follow. `count`
+    tokens were generated so far, `seed` is the row's own.
+    """
+
+    token: Any
+    position: Any
+    left: Any
+    count: Any
+    done: Any
+    candidate: Any
+    seed: Any
+
+
+class Prompts(flax.struct.PyTreeNode):
+    """Rows that enter: `tokens` (batch, time), the rest (batch,), all int32.
+
+    `lengths` counts the tokens after the prefix, `prefix` names each row's row of the prefix cache.
+    """
+
+    tokens: Any
+    lengths: Any
+    left: Any
+    candidate: Any
+    seed: Any
+    prefix: Any
+
+
+class Programs:
+    """Compiles each program once per shape, however many threads ask; `traces` counts them."""
+
+    def __init__(self, config: LlamaConfig, stop_tokens: Sequence[int]) -> None:
+        self._config = config
+        self._is_stop = jnp.zeros(config.vocab_size, bool).at[jnp.array(stop_tokens, int)].set(True)
+        self._lock = threading.Lock()
+        self._compiled: set[Hashable] = set()
+        self.traces = 0
+        self.prefix = self._program(self._prefix)
+        self.enter = self._program(self._enter)
+        self.chunk = self._program(self._chunk, donate_argnums=2)
+        self.insert = self._program(self._insert, donate_argnums=(0, 1))
+        self.repack = self._program(self._repack, static_argnums=3)
+        self.build = self._program(kernels.materialise_candidate)
+
+    def _program(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        def traced(*args: Any) -> Any:
+            self.traces += 1
+            return function(*args)
+
+        jitted = jax.jit(traced, **options)
+
+        def call(*args: Any) -> Any:
+            leaves, structure = jax.tree.flatten(args)
+            # Static numbers are leaves without a shape: they stand in the key themselves.
+            shapes = tuple(getattr(leaf, "shape", leaf) for leaf in leaves)
+            key = (function, structure, shapes)
+            if key in self._compiled:
+                return jitted(*args)
+            # A new shape is compiled by one thread while the others wait.
+            with self._lock:
+                result = jitted(*args)
+                self._compiled.add(key)
+            return result
+
+        return call
+
+    def _prefix(self, weights: LlamaParams, tokens: Array, rows: Array) -> KVCache:
+        """The cache of a prefix: `tokens` (candidates, prefix), without padding."""
+        lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
+        weights, numbers = _blocks(weights, rows)
+        return prefill(weights, self._config, tokens, lengths, numbers)[1]
+
+    def _enter(
+        self, weights: LlamaParams, prompts: Prompts, prefix: KVCache | None, cuts: Cuts | None
+    ) -> tuple[Array, Rows, KVCache]:
+        """The first token of every row, the state and the cache after its prompt."""
+        batch, width = prompts.tokens.shape
+        pieces = 1 if kernels.is_stacked(weights) else _pieces(batch, width)
+
+        def piece(part: Prompts) -> tuple[Array, KVCache]:
+            before = None
+            if prefix is not None:
+                before = jax.tree.map(lambda leaf: leaf[part.prefix], prefix)
+            chosen, rows = _blocks(weights, part.candidate)
+            return prefill(chosen, self._config, part.tokens, part.lengths, rows, before)
+
+        # Pieces that fit the processor's cache: activations of a whole batch would not.
+        parts = jax.tree.map(lambda leaf: leaf.reshape(pieces, -1, *leaf.shape[1:]), prompts)
+        logits, cache = jax.tree.map(
+            lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), lax.map(piece, parts)
+        )
+        before = 0 if prefix is None else prefix.slots
+        state = Rows(
+            token=jnp.zeros_like(prompts.lengths),
+            position=before + prompts.lengths - 1,
+            left=prompts.left,
+            count=jnp.zeros_like(prompts.lengths),
+            done=prompts.left <= 0,
+            candidate=prompts.candidate,
+            seed=prompts.seed,
+        )
+        emitted, state = self._emit(logits, state, cuts)
+        return emitted, state, cache
+
+    def _chunk(
+        self,
+        weights: LlamaParams,
+        state: Rows,
+        cache: KVCache,
+        live: Array,
+        slots: Array,
+        cuts: Cuts | None,
+    ) -> tuple[Array, Rows, KVCache]:
+        """Up to `STEPS` tokens for every row that is `live`, written to `slots` (STEPS,).
+
+        Stops early when all rows are done. The tokens are (STEPS, batch), -1 in rows that are done.
+        """
+        state = state.replace(done=state.done | ~live)
+        weights = kernels.per_row(weights, state.candidate)
+        out = jnp.full((STEPS, state.token.shape[0]), -1, jnp.int32)
+        ahead = state.position + jnp.arange(STEPS)[:, None]
+        ropes = rope_tables(self._config, ahead[..., None])
+
+        def step(carry: tuple[Array, Array, Rows, KVCache]) -> tuple[Array, Array, Rows, KVCache]:
+            i, out, state, cache = carry
+            rope = jax.tree.map(lambda table: table[i], ropes)
+            logits, cache = decode_step(
+                weights, self._config, state.token, state.position, rope, cache, slots[i]
+            )
+            emitted, state = self._emit(logits, state, cuts)
+            return i + 1, out.at[i].set(emitted), state, cache
+
+        def unfinished(carry: tuple[Array, Array, Rows, KVCache]) -> Array:
+            return (carry[0] < STEPS) & ~carry[2].done.all()
+
+        _, out, state, cache = lax.while_loop(unfinished, step, (jnp.int32(0), out, state, cache))
+        return out, state, cache
+
+    def _emit(self, logits: Array, state: Rows, cuts: Cuts | None) -> tuple[Array, Rows]:
+        """Choose the next token of every row; -1 in place of stop tokens and in finished rows."""
+        token = choose(logits, cuts, state.seed, state.count)
+        stopped = state.done | self._is_stop[token]
+        left = state.left - 1
+        state = state.replace(
+            token=token,
+            position=state.position + 1,
+            left=left,
+            count=state.count + 1,
+            done=stopped | (left <= 0),
+        )
+        return jnp.where(stopped, -1, token), state
+
+    def _insert(
+        self, state: Rows, cache: KVCache, entering: Rows, block: KVCache, places: Array
+    ) -> tuple[Rows, KVCache]:
+        """Put entering rows in the place of finished ones."""
+        state = jax.tree.map(lambda old, new: old.at[places].set(new, mode="drop"), state, entering)
+        return state, insert_rows(cache, block, places)
+
+    def _repack(self, state: Rows, cache: KVCache, keep: Array, slots: int) -> tuple[Rows, KVCache]:
+        """The batch of the rows `keep`, with `slots` slots."""
+        return jax.tree.map(lambda leaf: leaf[keep], state), reshape_cache(cache, keep, slots)
+
+
+def _blocks(weights: LlamaParams, rows: Array) -> tuple[LlamaParams, Array | None]:
+    """Weights and row numbers for a batch; stacked weights have their rows in blocks instead."""
+    if kernels.is_stacked(weights):
+        return kernels.per_row(weights, rows), None
+    return weights, rows
+
+
+def _pieces(rows: int, width: int) -> int:
+    """Into how many equal parts a prefill is cut, so that each has about `_PREFILL_TOKENS`."""
+    pieces = 1
+    while rows % (2 * pieces) == 0 and rows // pieces * width > _PREFILL_TOKENS:
+        pieces *= 2
+    return pieces

@@ -1,0 +1,369 @@
+"""Continuous decoding: a live batch that rows enter and leave at any time."""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from cycleqd_jax.models import kernels
+from cycleqd_jax.models.cache import KVCache
+from cycleqd_jax.models.programs import STEPS, Programs, Prompts, Rows
+from cycleqd_jax.models.sampling import Sampling
+from cycleqd_jax.models.schedule import (
+    SlotTable,
+    bucket,
+    prompt_bucket,
+    row_buckets,
+    shared_prefixes,
+    slot_bucket,
+)
+from cycleqd_jax.models.specs import LlamaParams
+from cycleqd_jax.models.stops import StopStrings
+
+# A batch is not made smaller than this: little is gained, and every size is compiled.
+_SMALLEST_REPACK = 16
+# Rows enter when this share of the batch is free: a prefill of few rows stops all others.
+_ENTERING_SHARE = 4
+
+
+@dataclass
+class Request:
+    """One text to generate: what it needs, and what there is so far."""
+
+    ticket: int
+    prompt: tuple[int, ...]
+    candidate: int
+    seed: int
+    left: int
+    shared: int
+    text: list[int] = field(default_factory=list)
+
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The first tokens that are shared with others."""
+        return self.prompt[: self.shared]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A finished text: the ticket that `Stream.submit` gave, and the token ids."""
+
+    ticket: int
+    tokens: list[int]
+
+
+class Stream:
+    """Rows are submitted at any time; `step` decodes some tokens and returns what is finished.
+
+    A place in the batch that a finished row leaves is taken by the next one that waits, in the
+    order of submission. Stacked weights (`kernels.StackedKernel`) give every candidate the same
+    number of places. A stream belongs to one thread. Made by `Decoder.open`.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        weights: LlamaParams,
+        *,
+        pad_token: int,
+        max_positions: int,
+        max_new_tokens: int,
+        max_rows: int,
+        sampling: Sampling,
+        stops: StopStrings,
+    ) -> None:
+        self._programs = programs
+        self._weights = weights
+        self._pad = pad_token
+        self._limit = max_positions
+        self._max_new = max_new_tokens
+        self._cuts = sampling.cuts()
+        self._stops = stops
+        # Places are in as many equal groups as there are stacked candidates, otherwise in one.
+        stacked = kernels.is_stacked(weights)
+        self._groups = (kernels.num_candidates(weights) or 1) if stacked else 1
+        self._buckets = row_buckets(max(1, max_rows // self._groups))
+        self._waiting: list[deque[Request]] = [deque() for _ in range(self._groups)]
+        self._prefixes: dict[tuple[int, ...], _Prefix] = {}
+        self._places: list[Request | None] = []
+        self._table = SlotTable(0, 0)
+        self._state: Rows | None = None
+        self._cache: KVCache | None = None
+        self._tickets = 0
+
+    @property
+    def pending(self) -> int:
+        """How many texts are not finished."""
+        live = sum(request is not None for request in self._places)
+        return live + sum(map(len, self._waiting))
+
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        candidates: Sequence[int] | None = None,
+        seeds: Sequence[int] | None = None,
+    ) -> list[int]:
+        """Add texts to be generated and return their tickets.
+
+        `candidates` gives the candidate of every prompt (default 0), `seeds` its seed (default 0),
+        which together with the prompt decides a sampled text. What many of the prompts begin with
+        is prefilled once per candidate. Raises ValueError as `Decoder.decode` does.
+        """
+        check_requests(self._weights, self._limit, prompts, candidates, seeds)
+        numbers = [0] * len(prompts) if candidates is None else list(candidates)
+        shared = shared_prefixes(prompts, numbers)
+        tickets = list(range(self._tickets, self._tickets + len(prompts)))
+        self._tickets += len(prompts)
+        requests = [
+            Request(
+                ticket=tickets[i],
+                prompt=tuple(prompt),
+                candidate=candidate,
+                seed=0 if seeds is None else seeds[i],
+                left=min(self._max_new, self._limit - len(prompt)),
+                shared=shared[i],
+            )
+            for i, (prompt, candidate) in enumerate(zip(prompts, numbers, strict=True))
+        ]
+        for request in sorted(requests, key=lambda request: request.prefix):
+            if request.shared:
+                self._prefixes.setdefault(request.prefix, _Prefix()).add(request.candidate)
+            self._waiting[request.candidate if self._groups > 1 else 0].append(request)
+        return tickets
+
+    def step(self) -> list[Answer]:
+        """Let waiting rows enter, decode up to `STEPS` tokens, and return the finished texts."""
+        finished = self._admit()
+        if any(request is not None for request in self._places):
+            finished += self._decode()
+        return finished
+
+    def _admit(self) -> list[Answer]:
+        """Fill free places as far as that is worth a prefill, and fit the batch to its rows."""
+        waiting = max(map(len, self._waiting))
+        size = len(self._places) // self._groups
+        live = max((len(rows) for rows in self._live()), default=0)
+        wanted = bucket(live + waiting, self._buckets)
+        if not live:
+            # Nothing has to be kept: the next rows begin a batch of their own.
+            self._places, self._state, self._cache = [], None, None
+            return self._enter(wanted) if waiting else []
+        smallest = max(1, _SMALLEST_REPACK // self._groups)
+        if (waiting and wanted > size) or (not waiting and max(wanted, smallest) < size):
+            size = max(wanted, min(size, smallest))
+            self._resize(size)
+        entering = max(1, size // _ENTERING_SHARE)
+        finished: list[Answer] = []
+        while (waiting := max(map(len, self._waiting))) and self._spare() >= min(waiting, entering):
+            finished += self._enter(entering)
+        return finished
+
+    def _spare(self) -> int:
+        """Free places, in the group with the fewest."""
+        return len(self._places) // self._groups - max(map(len, self._live()))
+
+    def _live(self) -> list[list[int]]:
+        """The places of the live rows, per group."""
+        size = len(self._places) // self._groups
+        return [
+            [p for p in range(g * size, (g + 1) * size) if self._places[p] is not None]
+            for g in range(self._groups)
+        ]
+
+    def _enter(self, size: int) -> list[Answer]:
+        """Prefill up to `size` waiting rows per group and put them into the batch."""
+        fresh = not self._places
+        places = size if fresh else len(self._places) // self._groups
+        chosen: list[Request | None] = []
+        target: list[int] = []
+        shared = next(queue[0] for queue in self._waiting if queue).prefix
+        for group, queue in enumerate(self._waiting):
+            first = group * places
+            free = [p for p in range(first, first + places) if fresh or self._places[p] is None]
+            taken: list[Request] = []
+            # Rows that enter together have their prefix in common, or have none.
+            while queue and len(taken) < min(size, len(free)) and queue[0].prefix == shared:
+                taken.append(queue.popleft())
+            chosen += [*taken, *[None] * (size - len(taken))]
+            target += [*free[: len(taken)], *[-1] * (size - len(taken))]
+        first_tokens, entering, block = self._prefill(chosen, shared)
+        needed = slot_bucket(block.slots + STEPS)
+        if fresh:
+            # The block becomes the batch: its rows stand in their places already.
+            self._places = [None] * len(chosen)
+            target = [i if row is not None else -1 for i, row in enumerate(chosen)]
+            self._table = SlotTable(len(chosen), block.slots)
+            self._state, self._cache = entering, block
+            self._repack(np.arange(len(chosen)), needed)
+        else:
+            if needed > self._table.slots:
+                self._repack(np.arange(len(self._places)), needed)
+            index = np.array([p if p >= 0 else len(self._places) for p in target], np.int32)
+            self._state, self._cache = self._programs.insert(
+                self._state, self._cache, entering, block, index
+            )
+        finished = []
+        done, first_tokens = np.asarray(entering.done), np.asarray(first_tokens)
+        for i, (request, place) in enumerate(zip(chosen, target, strict=True)):
+            if request is None:
+                continue
+            self._places[place] = request
+            self._table.enter([place], block.slots)
+            finished += self._extend(place, first_tokens[i : i + 1], bool(done[i]))
+        return finished
+
+    def _prefill(
+        self, requests: Sequence[Request | None], shared: tuple[int, ...]
+    ) -> tuple[Any, Rows, KVCache]:
+        size, before = len(requests), len(shared)
+        real = [request for request in requests if request is not None]
+        longest = max(len(request.prompt) for request in real) - before
+        width = min(prompt_bucket(longest), self._limit - before)
+        prompts = Prompts(
+            tokens=np.full((size, width), self._pad, np.int32),
+            lengths=np.ones(size, np.int32),
+            left=np.zeros(size, np.int32),
+            candidate=np.zeros(size, np.int32),
+            seed=np.zeros(size, np.int32),
+            prefix=np.zeros(size, np.int32),
+        )
+        prefix = self._prefixes.get(shared)
+        for row, request in enumerate(requests):
+            if request is None:
+                continue
+            own = request.prompt[before:]
+            prompts.tokens[row, : len(own)] = own
+            prompts.lengths[row] = len(own)
+            prompts.left[row] = request.left
+            prompts.candidate[row] = request.candidate
+            prompts.seed[row] = request.seed
+        cache = None
+        if prefix is not None:
+            cache = self._prefix_cache(prefix, shared)
+            for row, request in enumerate(requests):
+                if request is not None:
+                    prompts.prefix[row] = prefix.row_of[request.candidate]
+            prefix.waiting -= len(real)
+            if not prefix.waiting:
+                del self._prefixes[shared]
+        return self._programs.enter(self._weights, prompts, cache, self._cuts)
+
+    def _prefix_cache(self, prefix: "_Prefix", shared: tuple[int, ...]) -> KVCache:
+        """The prefix in every candidate that asks for it, computed when the first row enters."""
+        if prefix.cache is None:
+            order = list(range(self._groups))
+            if self._groups == 1:
+                order = sorted(prefix.candidates)
+                order += order[:1] * (bucket(len(order), self._buckets) - len(order))
+            rows = np.array(order, np.int32)
+            prefix.row_of = {candidate: row for row, candidate in reversed(list(enumerate(order)))}
+            tokens = np.tile(np.array(shared, np.int32), (len(order), 1))
+            prefix.cache = self._programs.prefix(self._weights, tokens, rows)
+        return prefix.cache
+
+    def _decode(self) -> list[Answer]:
+        """One chunk for the batch."""
+        free = self._table.free()
+        if len(free) < STEPS:
+            keep = np.arange(len(self._places))
+            self._repack(keep, slot_bucket(self._table.slots - len(free) + STEPS))
+            free = self._table.free()
+        slots = free[:STEPS].astype(np.int32)
+        live = np.array([request is not None for request in self._places])
+        out, self._state, self._cache = self._programs.chunk(
+            self._weights, self._state, self._cache, live, slots, self._cuts
+        )
+        out, done = np.asarray(out), np.asarray(self._state.done)
+        self._table.used[np.flatnonzero(live)[:, None], slots] = True
+        finished = []
+        for place in np.flatnonzero(live):
+            finished += self._extend(int(place), out[:, place], bool(done[place]))
+        return finished
+
+    def _extend(self, place: int, tokens: np.ndarray, done: bool) -> list[Answer]:
+        """Add tokens to the text in a place; free the place where the text ends."""
+        request = self._places[place]
+        assert request is not None
+        new = tokens[tokens >= 0].tolist()
+        request.text += new
+        end = self._stops.end(request.text, len(new))
+        if end is not None:
+            del request.text[end:]
+        elif not done:
+            return []
+        self._places[place] = None
+        self._table.used[place] = False
+        return [Answer(request.ticket, request.text)]
+
+    def _resize(self, size: int) -> None:
+        """Give every group `size` places; the live rows move together, unused slots are dropped."""
+        keep: list[int] = []
+        places: list[Request | None] = []
+        for live in self._live():
+            spare = size - len(live)
+            # Copies of some row fill the group up; they are not live.
+            keep += [*live, *[0] * spare]
+            places += [*[self._places[p] for p in live], *[None] * spare]
+        self._places = places
+        self._repack(np.array(keep), slot_bucket(self._table.end + STEPS))
+        self._table.used[[request is None for request in places]] = False
+
+    def _repack(self, keep: np.ndarray, slots: int) -> None:
+        self._table.reshape(keep, slots)
+        self._state, self._cache = self._programs.repack(
+            self._state, self._cache, keep.astype(np.int32), slots
+        )
+
+
+class _Prefix:
+    """A shared prefix: who asks for it, and its cache once it is computed."""
+
+    def __init__(self) -> None:
+        self.candidates: set[int] = set()
+        self.waiting = 0
+        self.cache: KVCache | None = None
+        self.row_of: dict[int, int] = {}
+
+    def add(self, candidate: int) -> None:
+        """One more row waits; a candidate that the cache lacks makes it void."""
+        self.waiting += 1
+        if candidate not in self.candidates:
+            self.candidates.add(candidate)
+            self.cache = None
+
+
+def check_requests(
+    weights: LlamaParams,
+    limit: int,
+    prompts: Sequence[Sequence[int]],
+    candidates: Sequence[int] | None,
+    seeds: Sequence[int] | None,
+) -> None:
+    """Raise ValueError for prompts, candidates or seeds that cannot be decoded."""
+    for i, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < limit:
+            raise ValueError(
+                f"prompt {i}: expected 1 to {limit - 1} tokens, since max_positions is "
+                f"{limit}, found {len(prompt)}"
+            )
+    if seeds is not None:
+        if len(seeds) != len(prompts):
+            raise ValueError(f"expected one seed per prompt ({len(prompts)}), found {len(seeds)}")
+        for i, seed in enumerate(seeds):
+            if not 0 <= seed < 1 << 31:
+                raise ValueError(f"prompt {i}: expected a seed in [0, 2^31), found {seed}")
+    population = kernels.num_candidates(weights)
+    if population is None:
+        if candidates is None:
+            return
+        population = 1
+    if candidates is None or len(candidates) != len(prompts):
+        found = "none" if candidates is None else str(len(candidates))
+        raise ValueError(f"expected one candidate per prompt ({len(prompts)}), found {found}")
+    for i, candidate in enumerate(candidates):
+        if not 0 <= candidate < population:
+            raise ValueError(
+                f"prompt {i}: expected a candidate in [0, {population}), found {candidate}"
+            )
