@@ -39,7 +39,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from cycleqd_jax.merging.crossover import linear_crossover
 from cycleqd_jax.merging.decomposition import factorise
-from cycleqd_jax.merging.mutation import expert_svd_mutation
+from cycleqd_jax.merging.expert_svd import expert_svd_mutation
 from cycleqd_jax.merging.spectral import (
     MatrixFactors,
     VectorFactors,

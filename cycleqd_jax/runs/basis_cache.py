@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from cycleqd_jax.merging.decomposition import DecompositionReport
-from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors
+from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors, is_factors
 from cycleqd_jax.merging.task_vector import leaf_paths
 from cycleqd_jax.runs.files import NoSpaceError, atomic_file
 
@@ -122,8 +122,8 @@ def _write(path: Path, basis: Any, report: DecompositionReport) -> int:
     Raises:
         OSError: it does not fit, or the folder is not writable.
     """
-    nodes = jax.tree.leaves(basis, is_leaf=_is_factors)
-    paths = leaf_paths(jax.tree.map(lambda _: 0, basis, is_leaf=_is_factors))
+    nodes = jax.tree.leaves(basis, is_leaf=is_factors)
+    paths = leaf_paths(jax.tree.map(lambda _: 0, basis, is_leaf=is_factors))
     arrays: dict[str, np.ndarray] = {}
     for name, node in zip(paths, nodes, strict=True):
         for field in _fields(node):
@@ -168,10 +168,6 @@ def _read(path: Path, roles: Any) -> Decomposition:
         nodes.append(MatrixFactors(u=u, v=v, ranks=ranks[name]))
     errors = {name: arrays[f"{name}.error"] for name in ranks}
     return treedef.unflatten(nodes), DecompositionReport(ranks=ranks, error=errors)
-
-
-def _is_factors(node: Any) -> bool:
-    return isinstance(node, MatrixFactors | VectorFactors)
 
 
 def _fields(node: Any) -> tuple[str, ...]:
