@@ -111,8 +111,8 @@ def factorise(
 
     Returns:
         u (..., m, r), v (..., n, r), float32, with r the largest rank over the layers, and the
-        relative reconstruction error (...). The factor of the shorter side is orthonormal, the
-        other one carries the singular values.
+        relative reconstruction error (...). The factor of the shorter side (u of a square
+        matrix) is orthonormal, the other one carries the singular values.
 
     Raises:
         ValueError: an unknown method, "randomized" without a rank, "gram" on a TPU.
