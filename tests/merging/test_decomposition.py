@@ -215,6 +215,7 @@ print("equal")
 """
 
 
+@pytest.mark.slow
 def test_layers_split_over_eight_devices_give_the_same():
     done = subprocess.run(
         [sys.executable, "-c", ON_EIGHT_DEVICES],

@@ -95,6 +95,7 @@ def keep(values, key, genotype, expert):
 class TestLearning:
     """Problems whose best parameters are known."""
 
+    @pytest.mark.slow
     def test_crossover_weights_and_a_strength_for_every_archive(self):
         """Children gain near w1 = 1.5, w2 = -0.5 (the start is 1, 1), and with small steps in
         archive 0 but large ones in archive 1: no fixed strength serves both.
@@ -123,6 +124,7 @@ class TestLearning:
         assert learned.min() > 1.5 * others.max()
         assert learned.min() > 20 * others[-1].max()
 
+    @pytest.mark.slow
     def test_a_parameter_that_depends_on_the_cell(self):
         """The best value is 2 c - 1 for a parent at c: a line in the cell, no fixed value."""
 

@@ -143,6 +143,7 @@ def state() -> tuple[int, int, int]:
     return len(os.listdir("/proc/self/fd")), pages * os.sysconf("SC_PAGE_SIZE"), len(children)
 
 
+@pytest.mark.slow
 def test_greedy_statements_fail_their_problem_and_no_other(
     strict: Backend, small: Sandbox, players: Table
 ) -> None:
