@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--experts", nargs="+", required=True, metavar="NAME=DIR")
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK")
     parser.add_argument("--out", type=Path, default=Path("runs/evolve"), help="run folder")
-    parser.add_argument("--cache", type=Path, default=default_cache(), help="compiled programs")
+    parser.add_argument("--cache", type=Path, default=default_cache(), help="what starts share")
     defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
     for name, meaning in _NUMBERS.items():
         parser.add_argument(
@@ -52,7 +52,7 @@ def main() -> None:
         tasks=tuple(args.tasks),
         **{name: getattr(args, name) for name in _NUMBERS},
     )
-    evolve(config, args.out, command=reproduce_command())
+    evolve(config, args.out, command=reproduce_command(), cache=args.cache)
 
 
 if __name__ == "__main__":

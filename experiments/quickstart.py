@@ -49,7 +49,7 @@ def main() -> None:
         alpha_high=1.0,
     )
     out = args.out or Path("runs") / f"quickstart-{args.seed}"
-    evolve(config, out, train_seconds=trained, command=reproduce_command())
+    evolve(config, out, train_seconds=trained, command=reproduce_command(), cache=args.cache)
 
 
 if __name__ == "__main__":

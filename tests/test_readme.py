@@ -51,6 +51,7 @@ def test_the_parts_of_the_readme_breed() -> None:
     assert (np.asarray(space["history"]["coverage"])[-1] > 0.05).all()
 
 
+@pytest.mark.slow
 def test_the_digits_example_draws_its_picture(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

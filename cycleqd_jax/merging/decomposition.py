@@ -8,6 +8,7 @@ the detection of an expert's rank and the meaning of a gain need.
 import contextlib
 import dataclasses
 import functools
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -110,8 +111,8 @@ def factorise(
 
     Returns:
         u (..., m, r), v (..., n, r), float32, with r the largest rank over the layers, and the
-        relative reconstruction error (...). The factor of the shorter side is orthonormal, the
-        other one carries the singular values.
+        relative reconstruction error (...). The factor of the shorter side (u of a square
+        matrix) is orthonormal, the other one carries the singular values.
 
     Raises:
         ValueError: an unknown method, "randomized" without a rank, "gram" on a TPU.
@@ -119,7 +120,7 @@ def factorise(
     check_method(method, rank, mesh)
     tau = jnp.asarray(tau, jnp.float32)
     *batch, m, n = tau.shape
-    layers, wide = int(np.prod(batch, dtype=np.int64)), m < n
+    layers, wide = int(np.prod(batch, dtype=np.int64)), m <= n
     stack = tau.reshape(layers, m, n)
     long, short = max(m, n), min(m, n)
     kept = 0
@@ -153,7 +154,7 @@ def check_method(method: Any, rank: int | None, mesh: Mesh | None) -> None:
     if method == "randomized" and rank is None:
         raise ValueError("method 'randomized' needs a rank, found None; 'gram' finds every rank")
     platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
-    host_chosen = mesh is None and jax.config.jax_default_device is not None
+    host_chosen = mesh is None and _default_device() is not None
     if method == "gram" and platform == "tpu" and not host_chosen:
         raise ValueError(
             "method 'gram' needs float64, which a TPU does not have: pass method='svd', or "
@@ -181,8 +182,9 @@ def _directions(
 def _gram_directions(
     tall: Float[Array, "p q"],
 ) -> tuple[Float[Array, "q q"], Float[Array, " q"]]:
-    wide = tall.astype(jnp.float64)
-    squares, vectors = jnp.linalg.eigh(wide.T @ wide, symmetrize_input=False)
+    # Rows times rows, of a copy with contiguous rows: on a CPU this product is twice as fast.
+    rows = jax.lax.optimization_barrier(tall.T).astype(jnp.float64)
+    squares, vectors = jnp.linalg.eigh(rows @ rows.T, symmetrize_input=False)
     values = jnp.sqrt(jnp.maximum(squares, 0.0))
     return vectors[:, ::-1].astype(jnp.float32), values[::-1].astype(jnp.float32)
 
@@ -225,9 +227,11 @@ def _over_layers(
     A matrix at a time for each worker, so that temporaries stay a few matrices.
     """
     if mesh is not None:
+        # Axes that the compiler may reshard over, whichever kind the caller's mesh has.
+        mesh = Mesh(mesh.devices, mesh.axis_names)
         with jax.enable_x64(True):
             return _over_devices(function, stacks, mesh, tuple(static.items()))
-    device = jax.config.jax_default_device
+    device = _default_device()
 
     def one(layer: int) -> Any:
         # JAX's settings belong to a thread.
@@ -267,6 +271,12 @@ def _over_devices(
     return jax.tree.map(lambda out: out[:layers], mapped(*padded))
 
 
+def _default_device() -> Any:
+    """What ``jax.default_device`` is set to in this thread, or None."""
+    config: Any = jax.config
+    return config.jax_default_device
+
+
 @contextlib.contextmanager
 def _one_blas_thread() -> Iterator[None]:
     """One thread a LAPACK call: the calls run side by side, and threads inside them only wait.
@@ -274,7 +284,7 @@ def _one_blas_thread() -> Iterator[None]:
     On a busy machine many small eigenproblems were up to a hundred times slower without this.
     """
     # JAX takes LAPACK from here on first use; a library that is not loaded cannot be limited.
-    import scipy.linalg.cython_lapack  # noqa: F401
+    importlib.import_module("scipy.linalg.cython_lapack")
 
     with threadpool_limits(1, user_api="blas"):
         yield

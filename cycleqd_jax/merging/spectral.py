@@ -197,56 +197,11 @@ def decompose(
             for t, w in zip(taus, stored, strict=True)
         ]
         errors[path] = np.stack([error for _, _, error in blocks], axis=-1)
-        node = _join([MatrixFactors(u=u, v=v, ranks=(u.shape[-1],)) for u, v, _ in blocks])
-        ranks[path] = node.ranks
-        nodes.append(node)
+        ranks[path] = tuple(int(u.shape[-1]) for u, _, _ in blocks)
+        u = jnp.concatenate([u for u, _, _ in blocks], axis=-1)
+        v = jnp.concatenate([v for _, v, _ in blocks], axis=-1)
+        nodes.append(MatrixFactors(u=u, v=v, ranks=ranks[path]))
     return treedef.unflatten(nodes), DecompositionReport(ranks=ranks, error=errors)
-
-
-def _join(factors: Sequence[Any]) -> Any:
-    """One leaf's factors of several groups of experts, block after block."""
-    if isinstance(factors[0], VectorFactors):
-        return VectorFactors(delta=jnp.concatenate([f.delta for f in factors], axis=-2))
-    return MatrixFactors(
-        u=jnp.concatenate([f.u for f in factors], axis=-1),
-        v=jnp.concatenate([f.v for f in factors], axis=-1),
-        ranks=tuple(rank for f in factors for rank in f.ranks),
-    )
-
-
-def concatenate(bases: Sequence[SpectralBasis]) -> SpectralBasis:
-    """One basis of the experts of several bases, in their order.
-
-    Experts that were decomposed and experts that come as factors (LoRA adapters) so share a space.
-
-    Args:
-        bases: at least one; leaves of equal kind, with equal leading axes, m, n and d.
-
-    Raises:
-        ValueError: no basis, or one that differs from the first; the message names the leaf.
-    """
-    if not bases:
-        raise ValueError("expected at least one basis, found none")
-    first = jax.tree.map(_experts_removed, bases[0], is_leaf=_is_factors)
-    for number, basis in enumerate(bases[1:], start=1):
-        other = jax.tree.map(_experts_removed, basis, is_leaf=_is_factors)
-        check_same_tree(first, other, "basis 0", f"basis {number}")
-    return jax.tree.map(lambda *factors: _join(factors), *bases, is_leaf=_is_factors)
-
-
-def _experts_removed(factors: Any) -> Any:
-    """What two groups of experts must agree in, as shapes without arrays."""
-    if isinstance(factors, MatrixFactors):
-        *layers, m, _ = factors.u.shape
-        shape: tuple[int, ...] = (*layers, m, factors.v.shape[-2])
-    elif isinstance(factors, VectorFactors):
-        *layers, _, d = factors.delta.shape
-        shape = (*layers, d)
-    else:
-        raise ValueError(
-            f"expected a tree of MatrixFactors and VectorFactors, found {type(factors).__name__}"
-        )
-    return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
 def num_experts(basis: SpectralBasis | GainLayout) -> int:
@@ -314,40 +269,51 @@ def materialise(base: Any, basis: SpectralBasis, gains: Any) -> Any:
     """Parameters of one genotype, ``base + expand(basis, gains)``: added in float32, base's dtype.
 
     A stacked leaf is built layer by layer inside its result: under ``jit``, what is alive besides
-    arguments and result is one layer in float32. For a population,
+    arguments and result is one layer in float32. (XLA's CPU backend has no 16-bit writes into an
+    array: there, for 16-bit weights, it is one leaf in float32.) For a population,
     ``jax.vmap(materialise, in_axes=(None, None, 0))``. `compile_materialise` is the jitted form.
     """
+    return jax.tree.map(lambda b, g, f: _build(None, b, g, f), base, gains, basis)
 
-    def leaf(b: Any, g: Any, factors: Any) -> jax.Array:
-        b = jnp.asarray(b)
-        if isinstance(factors, VectorFactors):
-            return _add(b, _weighted_sum(factors.delta, g))
-        if factors.u.shape[-1] == 0:
-            return b
-        return _add_layer_by_layer(b, factors, g)
 
-    return jax.tree.map(leaf, base, gains, basis)
+def _build(old: Any, base: Any, gains: Any, factors: Any) -> jax.Array:
+    base = jnp.asarray(base)
+    if isinstance(factors, VectorFactors):
+        return _add(base, _weighted_sum(factors.delta, gains))
+    if factors.u.shape[-1] == 0:
+        return base
+    if base.ndim == 2:
+        return _add(base, _weighted_outer(factors.u, factors.v, gains))
+    return _build_layers(old, base, factors.u, factors.v, gains)
 
 
 def _add(b: jax.Array, shift: jax.Array) -> jax.Array:
     return (b.astype(jnp.float32) + shift).astype(b.dtype)
 
 
-def _add_layer_by_layer(base: jax.Array, factors: MatrixFactors, gains: Any) -> jax.Array:
+@jax.jit  # a loop outside jit would be compiled again at every call
+def _build_layers(
+    old: Float[Array, "*layers m n"] | None,
+    base: Float[Array, "*layers m n"],
+    u: Float[Array, "*layers m r"],
+    v: Float[Array, "*layers n r"],
+    gains: Float[Array, "*layers r"],
+) -> Float[Array, "*layers m n"]:
+    """Base plus directions, written over ``old``; over the base itself where that is None."""
     *batch, m, n = base.shape
-    layers, rank = int(np.prod(batch, dtype=np.int64)), factors.u.shape[-1]
-    u = factors.u.reshape(layers, m, rank)
-    v = factors.v.reshape(layers, n, rank)
-    g = gains.reshape(layers, rank)
+    count, rank = int(np.prod(batch, dtype=np.int64)), u.shape[-1]
+    weights, us, vs = (x.reshape(count, *x.shape[-2:]) for x in (base, u, v))
+    gs = gains.reshape(count, rank)
 
     def build(layer: Any, stack: jax.Array) -> jax.Array:
-        # In the carry, not as the output of a scan: so the result may take a donated base's place.
-        return stack.at[layer].set(
-            _add(stack[layer], _weighted_outer(u[layer], v[layer], g[layer]))
-        )
+        sources = (stack if old is None else weights, us, vs, gs)
+        b, *rest = (jax.lax.dynamic_index_in_dim(x, layer, keepdims=False) for x in sources)
+        new = _add(b, _weighted_outer(*rest))
+        return jax.lax.dynamic_update_index_in_dim(stack, new, layer, 0)
 
-    stack = jax.lax.fori_loop(0, layers, build, base.reshape(layers, m, n))
-    return stack.reshape(base.shape)
+    # Carried, not put out by a scan: so the result may take the place of a donated array.
+    start = weights if old is None else old.reshape(count, m, n)
+    return jax.lax.fori_loop(0, count, build, start).reshape(base.shape)
 
 
 def compile_materialise(base: Any, *, reuse: bool = False) -> Callable[..., Any]:
@@ -369,5 +335,4 @@ def compile_materialise(base: Any, *, reuse: bool = False) -> Callable[..., Any]
 
 
 def _rebuild(old: Any, base: Any, basis: SpectralBasis, gains: Any) -> Any:
-    del old
-    return materialise(base, basis, gains)
+    return jax.tree.map(_build, old, base, gains, basis)

@@ -52,6 +52,7 @@ def evolve(
     *,
     train_seconds: float = 0.0,
     command: str = "",
+    cache: Path | None = None,
     console: Console | None = None,
 ) -> dict[str, Any]:
     """Run CycleQD and write everything about it to ``out``; return the summary.
@@ -64,6 +65,7 @@ def evolve(
         out: the run's folder, new or of the same config.
         train_seconds: what making the experts took, for the summary.
         command: what reproduces the run, for the model cards.
+        cache: folder where decompositions are kept from run to run; None keeps none.
         console: where tables go; by default the terminal's.
 
     Raises:
@@ -77,7 +79,7 @@ def evolve(
             _show(console, done, folder)
             return done
         clock = Clock()
-        workspace = open_workspace(config)
+        workspace = open_workspace(config, cache)
         _report_compatibility(console, workspace, folder)
         console.print(
             f"basis: rank {_ranks(workspace)} of each of {len(workspace.experts)} experts, "

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from threadpoolctl import threadpool_limits
 
 from cycleqd_jax.merging.decomposition import DecompositionReport
 from cycleqd_jax.merging.low_rank import decompose_low_rank, join_experts
-from cycleqd_jax.merging.spectral import decompose, expert_gains, materialise
+from cycleqd_jax.merging.spectral import FLOAT32_EPS, decompose, expert_gains, materialise
 from cycleqd_jax.merging.task_vector import task_vector
 from cycleqd_jax.models.compatibility import check_family
 from cycleqd_jax.models.config import LlamaConfig
@@ -18,6 +17,7 @@ from cycleqd_jax.models.convert import load_model
 from cycleqd_jax.models.lora import is_adapter, load_adapter
 from cycleqd_jax.models.specs import roles
 from cycleqd_jax.models.tokenizer import load_tokenizer
+from cycleqd_jax.runs.basis_cache import cached_decomposition
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.tasks.base import Problem, Task
 from cycleqd_jax.tasks.registry import make_tasks
@@ -64,8 +64,12 @@ class Workspace:
         }
 
 
-def open_workspace(config: RunConfig) -> Workspace:
+def open_workspace(config: RunConfig, cache: Path | None = None) -> Workspace:
     """Load and check everything a run starts from; an expert is a model or a PEFT adapter.
+
+    Args:
+        config: what to run.
+        cache: folder where decompositions are kept from run to run; None keeps none.
 
     Raises:
         ValueError: an unknown task, a folder that is no model, an expert of another architecture,
@@ -80,7 +84,13 @@ def open_workspace(config: RunConfig) -> Workspace:
         name: load_adapter(folder, architecture) if is_adapter(folder) else load_model(folder)[1]
         for name, folder in folders.items()
     }
-    basis, report = _decompose(config, architecture, base, experts)
+    basis, report = cached_decomposition(
+        cache,
+        [Path(config.base), *folders.values()],
+        {"rank": config.rank, "noise": FLOAT32_EPS, "method": "gram"},
+        roles(architecture),
+        lambda: _decompose(config, architecture, base, experts),
+    )
     return Workspace(
         config=config,
         architecture=architecture,
@@ -105,9 +115,6 @@ def _decompose(
     parts = []
     if full:
         vectors = [task_vector(experts[name], base) for name in full]
-        # The many small eigenproblems are up to a hundred times slower when BLAS threads of a busy
-        # machine wait for each other.
-        with threadpool_limits(1, user_api="blas"):
-            parts.append(jax.block_until_ready(decompose(vectors, policy, config.rank, base=base)))
+        parts.append(decompose(vectors, policy, config.rank, base=base))
     parts += [decompose_low_rank(experts[name], policy, config.rank) for name in adapters]
     return join_experts(parts, [[*full, *adapters].index(name) for name in names])

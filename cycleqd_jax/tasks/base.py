@@ -1,20 +1,22 @@
 """What a task is: problems, and an episode per problem written as a generator.
 
-An episode yields :class:`Ask` when it wants the model to speak and :class:`Run` when it wants a
-program executed in the sandbox; it is sent the answer and finally returns a score in [0, 1]. It
-never learns which model speaks, and it never runs anything itself, so the rollout can keep the
-episodes of every candidate and task in one batch.
+An episode yields :class:`Ask` when it wants the model to speak, :class:`Run` when it wants a
+program executed in the sandbox and :class:`Call` when it waits for a service of its own; it is sent
+the answer and finally returns a score in [0, 1]. It never learns which model speaks, and it never
+waits for anything itself, so the rollout can keep the episodes of every candidate and task in one
+batch.
 """
 
 import hashlib
 import random
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkable
 
-from cycleqd_jax.sandbox.base import Job, Outcome
+from cycleqd_jax.sandbox.base import Job
 
-Split = Literal["train", "search", "test"]
+# Generated tasks have no "validation", public benchmarks no "train".
+Split = Literal["train", "search", "validation", "test"]
 
 # Six, two and two problems of every ten; a problem's solution decides where it belongs.
 _SPLIT_OF_DIGIT: tuple[Split, ...] = (*("train",) * 6, *("search",) * 2, *("test",) * 2)
@@ -56,7 +58,22 @@ class Run:
     job: Job
 
 
-Episode = Generator[Ask | Run, str | Outcome, float]
+@dataclass(frozen=True)
+class Call:
+    """The episode wants a function called that may wait, for a database server for instance.
+
+    Attributes:
+        function: called in a thread; its result is the answer, its error is raised in the episode.
+        seconds: after this time the episode meets a TimeoutError. The thread cannot be ended: the
+            function has to return by itself, soon after.
+    """
+
+    function: Callable[[], Any]
+    seconds: float
+
+
+# Sent: a text for Ask, an Outcome for Run, the function's result for Call.
+Episode = Generator[Ask | Run | Call, Any, float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,8 +150,12 @@ def draw_problems(
         difficulty: passed to ``make``.
 
     Raises:
-        ValueError: the generator knows fewer than ``count`` problems of this split.
+        ValueError: the generator knows fewer than ``count`` problems of this split, or generated
+            problems have no such split.
     """
+    if split not in _SPLIT_OF_DIGIT:
+        known = ", ".join(dict.fromkeys(_SPLIT_OF_DIGIT))
+        raise ValueError(f"split: expected one of {known} for generated problems, found {split!r}")
     rng = random.Random(f"{split}/{seed}/{difficulty}")
     found: dict[str, P] = {}
     misses = 0

@@ -1,15 +1,27 @@
 """Tasks by name, for command lines and configs."""
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 from cycleqd_jax.tasks.base import Task
 from cycleqd_jax.tasks.coding import CodingTask
 from cycleqd_jax.tasks.database import DatabaseTask
+from cycleqd_jax.tasks.dbbench.task import dbbench_from_environment
 from cycleqd_jax.tasks.shell import ShellTask
 
+# Tasks that make their own problems.
 TASKS: Mapping[str, Callable[[], Task]] = MappingProxyType(
     {"coding": CodingTask, "database": DatabaseTask, "shell": ShellTask}
+)
+
+# Public benchmarks, from files of the user's (`$CYCLEQD_DATA`).
+BENCHMARKS: Mapping[str, Callable[[], Task]] = MappingProxyType(
+    {
+        "dbbench": dbbench_from_environment,
+        "dbbench/loadable": partial(dbbench_from_environment, "loadable"),
+        "dbbench/paper": partial(dbbench_from_environment, "paper"),
+    }
 )
 
 
@@ -17,12 +29,14 @@ def make_tasks(names: Sequence[str]) -> list[Task]:
     """Make the tasks of these names, in this order.
 
     Raises:
-        ValueError: a name is unknown or repeated, or there are fewer than two.
+        ValueError: a name is unknown or repeated, there are fewer than two, or a benchmark's files
+            are missing.
     """
-    unknown = [name for name in names if name not in TASKS]
+    known = {**TASKS, **BENCHMARKS}
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise ValueError(
-            f"expected task names among {', '.join(TASKS)}, found {', '.join(map(repr, unknown))}"
+            f"expected task names among {', '.join(known)}, found {', '.join(map(repr, unknown))}"
         )
     if len(set(names)) != len(names):
         raise ValueError(f"expected each task once, found {', '.join(names)}")
@@ -31,4 +45,4 @@ def make_tasks(names: Sequence[str]) -> list[Task]:
             f"expected at least two tasks (one archive each), found {len(names)}: "
             "quality-diversity needs another task to be diverse in"
         )
-    return [TASKS[name]() for name in names]
+    return [known[name]() for name in names]

@@ -1,14 +1,19 @@
 """The batched agent loop: every live episode of every candidate and task in one batch a round."""
 
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from cycleqd_jax.sandbox.base import Outcome, Sandbox
-from cycleqd_jax.tasks.base import Ask, Episode, Policy, Problem, Request, Run, Task
+from cycleqd_jax.sandbox.base import Sandbox
+from cycleqd_jax.tasks.base import Ask, Call, Episode, Policy, Problem, Request, Run, Task
+
+# Calls wait for a server rather than compute: more of them than processors.
+_CALLERS = 16
 
 
 @dataclass(frozen=True)
@@ -18,7 +23,7 @@ class Rollout:
     Attributes:
         solved: task name → (candidates, problems) float32, the score of every episode.
         scores: (candidates, tasks) float32, the means of those, in the order of the tasks.
-        seconds: time spent in the "model" and in the "sandbox".
+        seconds: time spent in the "model" and in the "sandbox", where other services count too.
         requests: messages the model was asked for.
     """
 
@@ -41,6 +46,30 @@ class _Live(NamedTuple):
     problem: int
 
 
+class _Called:
+    """A call under way; its time begins when a thread takes it up."""
+
+    def __init__(self, call: Call, callers: ThreadPoolExecutor) -> None:
+        self._call = call
+        self._begun = threading.Event()
+        self._start = 0.0
+        self._future: Future[Any] = callers.submit(self._run)
+
+    def _run(self) -> Any:
+        self._start = time.monotonic()
+        self._begun.set()
+        return self._call.function()
+
+    def result(self) -> tuple[Any, Exception | None]:
+        """The function's result or its error, a TimeoutError when it is too slow."""
+        self._begun.wait()
+        try:
+            left = self._start + self._call.seconds - time.monotonic()
+            return self._future.result(max(left, 0.0)), None
+        except Exception as error:
+            return None, error
+
+
 def rollout(
     tasks: Sequence[Task],
     problems: Mapping[str, Sequence[Problem]],
@@ -56,7 +85,7 @@ def rollout(
         problems: task name → the problems to play.
         candidates: how many candidates there are; requests carry their number.
         policy: answers all requests of a round at once.
-        sandbox: runs all programs of a round at once.
+        sandbox: runs all programs of a round at once, while threads wait for other services.
         on_progress: called after each round with the number of episodes that have ended so far.
 
     Raises:
@@ -72,36 +101,47 @@ def rollout(
     seconds = {"model": 0.0, "sandbox": 0.0}
     asking: list[tuple[_Live, Ask]] = []
     running: list[tuple[_Live, Run]] = []
+    calling: list[tuple[_Live, _Called]] = []
+    callers = ThreadPoolExecutor(_CALLERS, "episode")
 
-    def advance(live: _Live, answer: str | Outcome | None) -> None:
+    def advance(live: _Live, answer: Any, error: Exception | None = None) -> None:
         try:
-            step = live.episode.send(answer)  # type: ignore[arg-type]  # None starts a generator
+            step = live.episode.throw(error) if error else live.episode.send(answer)
         except StopIteration as end:
             solved[live.task][live.candidate, live.problem] = end.value
             return
         if isinstance(step, Ask):
             asking.append((live, step))
-        else:
+        elif isinstance(step, Run):
             running.append((live, step))
+        else:
+            calling.append((live, _Called(step, callers)))
 
-    for candidate in range(candidates):
-        for task in tasks:
-            for index, problem in enumerate(problems[task.name]):
-                advance(_Live(task.episode(problem), candidate, task.name, index), None)
-    episodes, requests = len(asking) + len(running), 0
-    while asking or running:
-        batch, asking = asking, []
-        answers = _ask(policy, batch, seconds)
-        requests += len(batch)
-        for (live, _), answer in zip(batch, answers, strict=True):
-            advance(live, answer)
-        jobs, running = running, []
-        started = time.perf_counter()
-        outcomes = sandbox.run([run.job for _, run in jobs]) if jobs else []
-        seconds["sandbox"] += time.perf_counter() - started
-        for (live, _), outcome in zip(jobs, outcomes, strict=True):
-            advance(live, outcome)
-        on_progress(episodes - len(asking) - len(running))
+    try:
+        for candidate in range(candidates):
+            for task in tasks:
+                for index, problem in enumerate(problems[task.name]):
+                    advance(_Live(task.episode(problem), candidate, task.name, index), None)
+        episodes, requests = len(asking) + len(running) + len(calling), 0
+        while asking or running or calling:
+            batch, asking = asking, []
+            answers = _ask(policy, batch, seconds)
+            requests += len(batch)
+            for (live, _), answer in zip(batch, answers, strict=True):
+                advance(live, answer)
+            jobs, running = running, []
+            called, calling = calling, []
+            started = time.perf_counter()
+            outcomes = sandbox.run([run.job for _, run in jobs]) if jobs else []
+            results = [call.result() for _, call in called]
+            seconds["sandbox"] += time.perf_counter() - started
+            for (live, _), outcome in zip(jobs, outcomes, strict=True):
+                advance(live, outcome)
+            for (live, _), (result, error) in zip(called, results, strict=True):
+                advance(live, result, error)
+            on_progress(episodes - len(asking) - len(running) - len(calling))
+    finally:
+        callers.shutdown(wait=False, cancel_futures=True)
     return Rollout(solved=solved, seconds=seconds, requests=requests)
 
 

@@ -1,8 +1,19 @@
+import os
+import subprocess
+import sys
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cycleqd_jax.merging.decomposition import DecompositionReport, factorise, noise_floor
+from cycleqd_jax.merging.decomposition import (
+    METHODS,
+    DecompositionReport,
+    check_method,
+    factorise,
+    noise_floor,
+)
 from cycleqd_jax.merging.spectral import FLOAT32_EPS, decompose, expand, expert_gains
 
 RNG = np.random.default_rng(7)
@@ -118,3 +129,99 @@ def test_report_averages_over_matrices_and_experts():
     report = DecompositionReport(ranks={"w": (1, 1)}, error={"w": np.asarray([0.0, 0.1])})
     assert report.mean() == pytest.approx(0.995)
     assert report.minimum() == pytest.approx(0.99)
+
+
+def spectrum_family(decades=5.0, size=20):
+    left, _, right = np.linalg.svd(RNG.normal(size=(3, size, size + 10)), full_matrices=False)
+    values = np.geomspace(1.0, 10.0**-decades, size)
+    return ((left * values) @ right).astype(np.float32), values
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("transpose", [False, True])
+def test_every_method_finds_the_leading_singular_directions(method, transpose):
+    tau, values = spectrum_family()
+    tau = np.swapaxes(tau, -1, -2) if transpose else tau
+    u, v, error = factorise(tau, np.zeros(3), 6, method=method)
+    left, _, right = np.linalg.svd(tau.astype(np.float64), full_matrices=False)
+    assert u.shape == (*tau.shape[:-1], 6)
+    for layer in range(3):
+        for i in range(6):
+            term = np.outer(u[layer, :, i], v[layer, :, i])
+            exact = values[i] * np.outer(left[layer, :, i], right[layer, i])
+            assert np.linalg.norm(term - exact) < 5e-6, (layer, i)
+    tail = np.sqrt(np.sum(values[6:] ** 2) / np.sum(values**2))
+    np.testing.assert_allclose(error, tail, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("method", "atol"), [("gram", 1e-7), ("svd", 1e-5)])
+@pytest.mark.parametrize("shape", [(40, 64), (64, 40), (40, 40)])
+def test_the_shorter_side_is_orthonormal(method, atol, shape):
+    tau = RNG.normal(size=shape).astype(np.float32)
+    tau[:, 0] *= 1e3
+    u, v, error = factorise(tau, np.zeros(()), None, method=method)
+    short = np.asarray(v if shape[0] > shape[1] else u, np.float64)
+    np.testing.assert_allclose(short.T @ short, np.eye(40), atol=atol)
+    assert error < 1e-5
+
+
+def test_a_sketch_finds_the_rank_of_a_lora_expert():
+    base, expert = lora_family((48, 96), rank=4, size=0.5)
+    basis, report = decompose(
+        [{"w": expert - base}], {"w": "matrix"}, 16, base={"w": base}, method="randomized"
+    )
+    assert report.ranks["w"] == (4,)
+    assert report.error["w"].max() < 1e-5
+    assert basis["w"].u.shape == (2, 48, 4)
+
+
+def test_the_same_matrix_gives_the_same_sketch():
+    tau = RNG.normal(size=(2, 30, 20)).astype(np.float32)
+    first = factorise(tau, np.zeros(2), 4, method="randomized")
+    second = factorise(tau, np.zeros(2), 4, method="randomized")
+    np.testing.assert_array_equal(first[0], second[0])
+
+
+def test_methods_that_cannot_serve_are_refused(monkeypatch):
+    tau = np.ones((3, 2), np.float32)
+    with pytest.raises(ValueError, match=r"expected a method out of.*found 'qr'"):
+        check_method("qr", None, None)
+    with pytest.raises(ValueError, match="'randomized' needs a rank"):
+        decompose([{"w": tau}], {"w": "matrix"}, method="randomized")
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    with pytest.raises(ValueError, match=r"needs float64, which a TPU does not have.*'svd'"):
+        factorise(tau, np.zeros(()), None)
+
+
+ON_EIGHT_DEVICES = """
+import jax, numpy as np
+from cycleqd_jax.merging.decomposition import METHODS, factorise
+
+assert jax.device_count() == 8
+mesh = jax.make_mesh((4, 2), ("population", "model"))
+rng = np.random.default_rng(3)
+for method in METHODS:
+    for shape in [(5, 12, 20), (20, 12)]:
+        tau = rng.normal(size=shape).astype(np.float32)
+        floor = np.full(shape[:-2], 1e-6, np.float32)
+        alone = factorise(tau, floor, 6, method=method)
+        split = factorise(tau, floor, 6, method=method, mesh=mesh)
+        for a, b in zip(alone, split):
+            assert a.shape == b.shape
+        product = [np.asarray(u) @ np.swapaxes(np.asarray(v), -1, -2) for u, v, _ in (alone, split)]
+        np.testing.assert_allclose(product[1], product[0], atol=2e-5)
+        np.testing.assert_allclose(split[2], alone[2], rtol=1e-5)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_layers_split_over_eight_devices_give_the_same():
+    done = subprocess.run(
+        [sys.executable, "-c", ON_EIGHT_DEVICES],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "equal", done.stderr

@@ -1,3 +1,8 @@
+import os
+import subprocess
+import sys
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +15,7 @@ from cycleqd_jax.merging.layout import GainLayout
 from cycleqd_jax.merging.spectral import (
     MatrixFactors,
     VectorFactors,
+    compile_materialise,
     decompose,
     expand,
     expert_gains,
@@ -191,6 +197,97 @@ def test_operators_on_gains_hold_no_factor_arrays(basis):
     assert jax.tree.leaves(mutation) == [0.1]
     dense = expert_svd_mutation(basis, space="dense")
     assert {id(x) for x in jax.tree.leaves(basis)} <= {id(x) for x in jax.tree.leaves(dense)}
+
+
+def test_a_bfloat16_weight_is_rounded_once(family, basis):
+    base = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), family.base)
+    gains = uniform_gains(basis, 0.3)
+    model = materialise(base, basis, gains)
+    exact = jax.tree.map(
+        lambda b, t: np.asarray(b, np.float64) + t, base, as_float64(expand(basis, gains))
+    )
+    for found, wanted in zip(jax.tree.leaves(model), jax.tree.leaves(exact), strict=True):
+        # A second rounding, of the task vector, would move a tenth of them.
+        assert np.mean(np.asarray(found) == wanted.astype(jnp.bfloat16)) > 0.99
+
+
+def test_bfloat16_factors_are_summed_in_float32(family, basis):
+    small = jax.tree.map(lambda x: x.astype(jnp.bfloat16), basis)
+    built = expand(small, uniform_gains(basis, 1.0))
+    assert built.embed.dtype == jnp.float32
+    assert relative_error(built, as_float64(expand(basis, uniform_gains(basis, 1.0)))) < 0.01
+
+
+def stacked(dtype, layers=24, m=96, n=128, rank=8):
+    base = {"w": jnp.ones((layers, m, n), dtype)}
+    u, v = jnp.ones((layers, m, rank), jnp.float32), jnp.ones((layers, n, rank), jnp.float32)
+    return base, {"w": MatrixFactors(u=u, v=v, ranks=(rank,))}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_is_alive_besides_the_model_is_one_layer(dtype):
+    base, basis = stacked(dtype)
+    model, layer = base["w"].nbytes, 96 * 128 * 4
+    room = 3 * layer + (0 if dtype == jnp.float32 else 2 * model)  # see `materialise`
+    gains = zero_gains(basis)
+    build: Any = compile_materialise(base)
+    rebuild: Any = compile_materialise(base, reuse=True)
+    used: Any = build.lower(base, basis, gains).compile().memory_analysis()
+    assert used.temp_size_in_bytes < room
+    assert used.output_size_in_bytes <= model + 64
+    donated = jax.jit(materialise, donate_argnums=0).lower(base, basis, gains)
+    reused = rebuild.lower(base, base, basis, gains)
+    for used in (donated.compile().memory_analysis(), reused.compile().memory_analysis()):
+        assert used.alias_size_in_bytes == model
+        assert used.temp_size_in_bytes < room
+
+
+def test_a_model_is_built_in_the_memory_of_an_old_one():
+    base, basis = stacked(jnp.bfloat16)
+    rebuild = compile_materialise(base, reuse=True)
+    old = jax.tree.map(jnp.zeros_like, base)
+    place = old["w"].unsafe_buffer_pointer()
+    new = rebuild(old, base, basis, uniform_gains(basis, 0.25))
+    assert old["w"].is_deleted()
+    assert new["w"].unsafe_buffer_pointer() == place
+    np.testing.assert_array_equal(np.asarray(new["w"], np.float32), 3.0)
+    np.testing.assert_array_equal(np.asarray(base["w"], np.float32), 1.0)
+
+
+ON_EIGHT_DEVICES = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from cycleqd_jax.merging.spectral import MatrixFactors, compile_materialise, materialise
+
+mesh = Mesh(np.asarray(jax.devices()).reshape(2, 4), ("population", "model"))
+place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+draw = np.random.default_rng(0).normal
+base, u, v = (draw(size=s).astype(np.float32) for s in [(3, 16, 24), (3, 16, 6), (3, 24, 6)])
+gains = {"w": draw(size=(3, 6)).astype(np.float32)}
+alone = materialise({"w": base}, {"w": MatrixFactors(u=u, v=v, ranks=(6,))}, gains)
+sharded = {"w": place(base, None, None, "model")}
+basis = {"w": MatrixFactors(u=place(u), v=place(v, None, "model"), ranks=(6,))}
+gains = {"w": place(gains["w"])}
+build = compile_materialise(sharded)
+model = build(sharded, basis, gains)
+np.testing.assert_allclose(model["w"], alone["w"], atol=1e-6)
+assert model["w"].sharding.is_equivalent_to(sharded["w"].sharding, 3), model["w"].sharding
+text = build.lower(sharded, basis, gains).compile().as_text()
+found = [c for c in ("all-gather", "all-reduce", "all-to-all", "collective-permute") if c in text]
+print("equal", found)
+"""
+
+
+def test_sharded_weights_are_built_where_they_lie():
+    """Same weights as on one device, in the base's sharding, with no communication at all."""
+    done = subprocess.run(
+        [sys.executable, "-c", ON_EIGHT_DEVICES],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "equal []", done.stderr
 
 
 class TestBadInput:

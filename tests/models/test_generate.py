@@ -229,6 +229,7 @@ def test_new_gains_and_weights_compile_nothing(population: Any) -> None:
     assert engine.traces <= 6
 
 
+@pytest.mark.slow
 def test_a_large_run_compiles_a_handful_of_programs(model: Any) -> None:
     engine = decoder(model, max_rows=32, workers=1)
     engine.decode(prompts(150, longest=40))

@@ -31,7 +31,7 @@ def engine(make_params: Callable[..., Any]) -> Decoder:
 
 
 def drain(stream: Stream) -> dict[int, list[int]]:
-    found = {}
+    found: dict[int, list[int]] = {}
     while stream.pending:
         found |= {answer.ticket: answer.tokens for answer in stream.step()}
     return found

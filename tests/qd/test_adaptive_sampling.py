@@ -91,6 +91,7 @@ def noisy(key, spread, generations):
 KEYS = jax.random.split(jax.random.key(0), 6)
 
 
+@pytest.mark.slow
 def test_the_best_is_overestimated_far_less_for_the_same_evaluations():
     _, claimed, true = plain(KEYS, SPREAD, 225)
     plain_excess = float(jnp.mean(claimed - true))

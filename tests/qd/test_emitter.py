@@ -335,6 +335,7 @@ with pytest.raises(ValueError, match="batch of 18 children cannot be split evenl
 """
 
 
+@pytest.mark.slow
 def test_a_population_sharded_over_devices_gives_the_single_device_archives():
     environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     root = pathlib.Path(__file__).parents[2]

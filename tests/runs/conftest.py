@@ -1,5 +1,7 @@
 """A family of models so small that making it takes seconds; what they say is gibberish."""
 
+import fcntl
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +35,12 @@ def tiny() -> FamilyConfig:
 
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    return make_family(tmp_path_factory.mktemp("cache"), TINY, make_tasks(TASKS))
+    """Made once for all worker processes: it takes half a minute, most of it compilation."""
+    own = tmp_path_factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with (shared / "family.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return make_family(shared / "family", TINY, make_tasks(TASKS))
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,7 @@ def test_a_basis_mixes_models_and_adapters(mixed: RunConfig, family: Family) -> 
     assert f"{names[0]} and {names[1]}" in text.getvalue()
 
 
+@pytest.mark.slow
 def test_a_run_with_an_adapter_goes_through_and_writes_the_report(
     mixed: RunConfig, tmp_path: Path
 ) -> None:

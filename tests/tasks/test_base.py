@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 
@@ -15,7 +15,8 @@ from cycleqd_jax.tasks import coding, database, shell
 from cycleqd_jax.tasks.base import Message, Problem, Split, draw_problems, split_of
 from cycleqd_jax.tasks.registry import TASKS
 
-SPLITS: tuple[Split, ...] = get_args(Split)
+# Those of problems that are made; "validation" is for the public ones.
+SPLITS: tuple[Split, ...] = ("train", "search", "test")
 MAKERS: dict[str, Any] = {
     "coding": coding.make_problem,
     "database": database.make_problem,
@@ -168,3 +169,9 @@ def test_a_demonstration_without_its_observation_is_an_error() -> None:
     problem = Problem(prompt="p", answers=("a", "b"), solution="", document="", kind="k")
     with pytest.raises(ValueError, match="zip"):
         _ = problem.demonstration
+
+
+@every_task
+def test_made_problems_have_no_validation_split(name: str) -> None:
+    with pytest.raises(ValueError, match=r"expected one of train, search, test .* 'validation'"):
+        draw(name, "validation", 1)

@@ -1,6 +1,6 @@
 import pytest
 
-from cycleqd_jax.tasks.registry import TASKS, make_tasks
+from cycleqd_jax.tasks.registry import BENCHMARKS, TASKS, make_tasks
 
 
 def test_tasks_come_in_the_order_of_their_names() -> None:
@@ -13,7 +13,8 @@ def test_every_task_carries_the_name_it_is_registered_under() -> None:
 
 
 def test_unknown_names_are_all_listed_beside_the_known_ones() -> None:
-    message = "expected task names among coding, database, shell, found 'poetry', 'chess'"
+    known = ", ".join([*TASKS, *BENCHMARKS])
+    message = f"expected task names among {known}, found 'poetry', 'chess'"
     with pytest.raises(ValueError, match=message):
         make_tasks(["coding", "poetry", "chess"])
 
@@ -30,5 +31,10 @@ def test_fewer_than_two_tasks_is_an_error(names: list[str]) -> None:
 
 
 def test_the_registry_cannot_be_changed() -> None:
-    with pytest.raises(TypeError, match="item assignment"):
-        TASKS["poetry"] = TASKS["coding"]  # type: ignore[index]
+    for table in (TASKS, BENCHMARKS):
+        with pytest.raises(TypeError, match="item assignment"):
+            table["poetry"] = TASKS["coding"]  # type: ignore[index]
+
+
+def test_no_benchmark_takes_the_name_of_a_generated_task() -> None:
+    assert not TASKS.keys() & BENCHMARKS.keys()

@@ -1,5 +1,7 @@
 """The batched agent loop: whose score goes where, and how many batches there are."""
 
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from cycleqd_jax.sandbox import Job, MemoSandbox, Outcome, Sandbox
-from cycleqd_jax.tasks.base import Ask, Episode, Message, Problem, Request, Run, Split, Task
+from cycleqd_jax.tasks.base import Ask, Call, Episode, Message, Problem, Request, Run, Split, Task
 from cycleqd_jax.tasks.registry import make_tasks
 from cycleqd_jax.tasks.rollout import rollout
 
@@ -39,6 +41,29 @@ class Counting:
             history += [Message("assistant", text), Message("user", outcome.stdout)]
         assert outcome is not None
         return float(outcome.stdout)
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """A task that asks once, calls ``function`` with the text, and scores what comes of it."""
+
+    function: Callable[[str], float]
+    seconds: float = 30.0
+    name: str = "waiting"
+
+    def problems(
+        self, split: Split, count: int, *, seed: int = 0, difficulty: int = 1
+    ) -> list[Problem]:
+        return Counting(self.name).problems(split, count)
+
+    def episode(self, problem: Problem) -> Episode:
+        text = yield Ask((Message("user", problem.prompt),))
+        try:
+            value = yield Call(lambda: self.function(text), self.seconds)
+        except TimeoutError:
+            return -1.0
+        text = yield Ask((Message("user", f"again {value}"),))
+        return float(value)
 
 
 @dataclass
@@ -131,6 +156,55 @@ def test_progress_counts_finished_episodes() -> None:
     policy = Speaker(lambda request: "0")
     rollout([SHORT, LONG], problems_of(SHORT, LONG), 2, policy, EchoSandbox(), counts.append)
     assert counts == [6, 6, 14]
+
+
+def test_calls_of_a_round_wait_together_and_answer_their_own_episodes() -> None:
+    together = threading.Barrier(8, timeout=20)
+
+    def wait(text: str) -> float:
+        together.wait()
+        return float(text)
+
+    task, policy = Waiting(wait), Speaker(lambda request: str(request.candidate))
+    played = rollout([task], problems_of(task, count=2), 4, policy, EchoSandbox())
+    np.testing.assert_array_equal(played.solved["waiting"], [[i, i] for i in range(4)])
+    assert [len(batch) for batch in policy.batches] == [8, 8]
+
+
+def test_a_slow_call_fails_its_own_episode_only() -> None:
+    released = threading.Event()
+
+    def wait(text: str) -> float:
+        if text == "1":
+            released.wait(20)
+        return float(text)
+
+    task, policy = Waiting(wait, seconds=0.2), Speaker(lambda request: str(request.candidate))
+    started = time.monotonic()
+    played = rollout([task], problems_of(task, count=1), 3, policy, EchoSandbox())
+    assert time.monotonic() - started < 10
+    released.set()
+    np.testing.assert_array_equal(played.solved["waiting"], [[0], [-1], [2]])
+
+
+def test_a_call_that_waits_for_its_turn_is_not_late() -> None:
+    def wait(text: str) -> float:
+        time.sleep(0.3)
+        return 1.0
+
+    # Three times as many calls as threads: the last ends after the time of one.
+    task, policy = Waiting(wait, seconds=0.8), Speaker(lambda request: "1")
+    played = rollout([task], problems_of(task, count=1), 48, policy, EchoSandbox())
+    np.testing.assert_array_equal(played.scores, np.ones((48, 1)))
+
+
+def test_the_error_of_a_call_reaches_the_caller() -> None:
+    def fail(text: str) -> float:
+        raise ValueError("no server")
+
+    task, policy = Waiting(fail), Speaker(lambda request: "1")
+    with pytest.raises(ValueError, match="no server"):
+        rollout([task], problems_of(task, count=1), 2, policy, EchoSandbox())
 
 
 def test_no_candidates_give_no_rows() -> None:

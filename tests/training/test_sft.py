@@ -98,7 +98,8 @@ def slow_train(params: Any, rows: Sequence[Any], run: TrainConfig) -> tuple[Any,
         progress = (t - warm) / (run.steps - warm)
         low = 0.1 * run.learning_rate
         cosine = low + (run.learning_rate - low) * (1 + math.cos(math.pi * progress)) / 2
-        rate = run.learning_rate * t / warm if t < warm else cosine
+        first = run.learning_rate / warm
+        rate = first + (run.learning_rate - first) * t / warm if t < warm else cosine
         m = [0.9 * a + 0.1 * x for a, x in zip(m, g, strict=True)]
         v = [0.98 * a + 0.02 * x * x for a, x in zip(v, g, strict=True)]
         for i, x in enumerate(p):

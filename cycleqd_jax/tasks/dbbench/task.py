@@ -1,0 +1,193 @@
+"""DBBench: an agent of several turns that asks or changes a database, as in AgentBench v0.2."""
+
+import hashlib
+import os
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from cycleqd_jax.tasks.base import Ask, Episode, Message, Problem, Split
+from cycleqd_jax.tasks.dbbench import prompt
+from cycleqd_jax.tasks.dbbench.backend import Backend, Session
+from cycleqd_jax.tasks.dbbench.errors import OutOfLimits
+from cycleqd_jax.tasks.dbbench.records import Record, in_paper, read_records
+from cycleqd_jax.tasks.dbbench.scoring import same_answer
+
+Choice = Literal["all", "loadable", "paper"]
+
+# Of every ten problems: the record's id alone decides.
+_SPLIT_OF_DIGIT: tuple[Split, ...] = (
+    *("search",) * 4,
+    *("validation",) * 2,
+    *("test",) * 4,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DBBenchProblem(Problem):
+    """A question or a change over one table of the public files.
+
+    Attributes:
+        record: the table, and what is right.
+    """
+
+    record: Record
+
+    @property
+    def demonstration(self) -> tuple[Message, ...]:
+        """The whole ideal conversation, with the instruction before it."""
+        question, *rest = super().demonstration
+        return (*prompt.opening(question.content), *rest)
+
+
+@dataclass(frozen=True)
+class DBBenchTask:
+    """SQL agent of AgentBench v0.2.
+
+    Attributes:
+        records: the problems, `read_records`.
+        backend: where the statements run.
+        rounds: statements an agent may run before it has to answer.
+        name: the name scores are reported under.
+    """
+
+    records: tuple[Record, ...]
+    backend: Backend
+    rounds: int = 5
+    name: str = "dbbench"
+    _problems: dict[str, DBBenchProblem] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        made = {record.id: make_problem(record) for record in self.records}
+        object.__setattr__(self, "_problems", made)
+
+    def problems(
+        self, split: Split, count: int, *, seed: int = 0, difficulty: int = 1
+    ) -> list[DBBenchProblem]:
+        """Choose ``count`` problems of one split; they have no difficulties to choose from.
+
+        Raises:
+            ValueError: the split has fewer problems, or there is no such split.
+        """
+        found = [p for p in self._problems.values() if split_of_id(p.record.id) == split]
+        if len(found) < count:
+            raise ValueError(
+                f"expected {count} problems in split {split!r} of {self.name}, found {len(found)} "
+                f"of {len(self.records)}: ask for fewer (splits: search, validation, test)"
+            )
+        return random.Random(f"{self.name}/{split}/{seed}").sample(found, count)
+
+    def every_problem(self) -> list[DBBenchProblem]:
+        """All problems of all splits, in the order of the files."""
+        return list(self._problems.values())
+
+    def episode(self, problem: Problem) -> Episode:
+        """Play up to ``rounds`` statements and an answer; score 1.0 or 0.0."""
+        assert isinstance(problem, DBBenchProblem)
+        session = self.backend.session(problem.record.table)
+        try:
+            return (yield from self._play(problem.record, session))
+        except OutOfLimits:
+            return 0.0
+        finally:
+            session.close()
+
+    def _play(self, record: Record, session: Session) -> Episode:
+        history = prompt.opening(record.question)
+        text = str((yield Ask(history)))
+        understood = True
+        for _ in range(self.rounds):
+            if not prompt.wants_operation(text):
+                break
+            statement = prompt.find_statement(text)
+            if statement is None:
+                understood = False
+                break
+            reply = yield from session.execute(statement)
+            history += (Message("assistant", text), Message("user", reply))
+            text = str((yield Ask(history)))
+        if record.changes:
+            # As in the original, whatever the answer is, or if there is none.
+            return float((yield from session.table_hash()) == record.answer_md5)
+        answer = prompt.find_answer(text) if understood else None
+        return float(answer is not None and same_answer(answer, record.labels))
+
+
+def make_problem(record: Record) -> DBBenchProblem:
+    """A record as a problem; its answers are those of an ideal agent."""
+    answers: tuple[str, ...] = (prompt.write_answer(record.labels),)
+    observations: tuple[str, ...] = ()
+    if record.changes:
+        answers = (prompt.write_operation(record.labels[0]), prompt.write_answer(("done",)))
+        observations = ("[]",)
+    return DBBenchProblem(
+        prompt=record.question,
+        answers=answers,
+        solution=record.id,
+        observations=observations,
+        document=f"{record.question}\n{', '.join(record.labels)}",
+        kind=record.kind,
+        record=record,
+    )
+
+
+def split_of_id(record_id: str) -> Split:
+    """The split of a record, whatever else is in the files."""
+    digest = hashlib.blake2b(record_id.encode(), digest_size=8).digest()
+    return _SPLIT_OF_DIGIT[int.from_bytes(digest) % len(_SPLIT_OF_DIGIT)]
+
+
+def open_dbbench(
+    folder: Path, *, choice: Choice = "all", database: str | None = None, rounds: int = 5
+) -> DBBenchTask:
+    """DBBench from a folder of the user's.
+
+    Args:
+        folder: holds ``standard.jsonl`` and ``dev.jsonl``.
+        choice: "all" records, or else it is an error; "loadable", those that MySQL can load, 355 of
+            the public 360; "paper", those of them that CycleQD evaluates on.
+        database: None for SQLite in the sandbox, or a server's ``mysql://…``.
+        rounds: statements an agent may run.
+
+    Raises:
+        ValueError: missing or irregular files, or no server; the message says what to do.
+        ImportError: a package is not installed.
+    """
+    records: Iterable[Record] = read_records(
+        folder, irregular="error" if choice == "all" else "skip"
+    )
+    if choice == "paper":
+        records = filter(in_paper, records)
+    name = "dbbench" if choice == "all" else f"dbbench/{choice}"
+    return DBBenchTask(tuple(records), _open_backend(database), rounds, name)
+
+
+def dbbench_from_environment(choice: Choice = "all") -> DBBenchTask:
+    """DBBench where the environment says it is.
+
+    ``$CYCLEQD_DATA`` is a folder with ``agentbench/dbbench`` in it, ``$CYCLEQD_DB`` a server's
+    ``mysql://…`` (SQLite when it is not set).
+
+    Raises:
+        ValueError: see `open_dbbench`, or ``$CYCLEQD_DATA`` is not set.
+    """
+    data = os.environ.get("CYCLEQD_DATA")
+    if not data:
+        raise ValueError(
+            "task dbbench: set CYCLEQD_DATA to a folder that holds agentbench/dbbench/"
+            "standard.jsonl and dev.jsonl (the files of AgentBench v0.2's data/dbbench)"
+        )
+    folder = Path(data) / "agentbench" / "dbbench"
+    return open_dbbench(folder, choice=choice, database=os.environ.get("CYCLEQD_DB") or None)
+
+
+def _open_backend(database: str | None) -> Backend:
+    if database is None:
+        from cycleqd_jax.tasks.dbbench.sqlite import SQLiteBackend
+
+        return SQLiteBackend()
+    from cycleqd_jax.tasks.dbbench.mysql import MySQLBackend
+
+    return MySQLBackend(database)
