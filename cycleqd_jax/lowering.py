@@ -21,7 +21,7 @@ from cycleqd_jax.sharding import batch_placement, replicated, row_sharding
 def lower_programs(
     config: LlamaConfig, mesh: Mesh, work: Workload
 ) -> dict[str, jax.stages.Lowered]:
-    """ "build" (one candidate's weights), "prefill" and "decode" (a chunk of steps).
+    """Programs "build" (one candidate's weights), "prefill" and "decode" (a chunk of steps).
 
     Raises:
         ValueError: the mesh does not divide the model or the rows.

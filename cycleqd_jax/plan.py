@@ -40,7 +40,6 @@ from cycleqd_jax.sharding import (
     check_rows,
     mesh_shape,
     replicated,
-    row_sharding,
     weight_sharding,
 )
 
@@ -205,9 +204,7 @@ def abstract_arrays(config: LlamaConfig, mesh: AnyMesh, work: Workload) -> Array
         basis=_placed(basis, weight_sharding(config, mesh, basis)),
         gains=jax.tree.map(lambda x: _on(x, everywhere), _gains(layout, ())),
         decoded=_placed(decoded, weight_sharding(config, mesh, decoded)),
-        cache=_placed(
-            jax.eval_shape(filled, decoded, tokens, row), cache_sharding(config, mesh)
-        ),
+        cache=_placed(jax.eval_shape(filled, decoded, tokens, row), cache_sharding(config, mesh)),
     )
 
 

@@ -11,6 +11,7 @@ import json
 import re
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from cycleqd_jax import sharding
+from cycleqd_jax.lowering import lower_programs, needed_bytes
 from cycleqd_jax.merging.crossover import linear_crossover
 from cycleqd_jax.merging.expert_svd import expert_svd_mutation
 from cycleqd_jax.merging.spectral import (
@@ -38,6 +40,7 @@ from cycleqd_jax.models.generate import Decoder
 from cycleqd_jax.models.kernels import attach, stack
 from cycleqd_jax.models.llama import init_params, rope_tables
 from cycleqd_jax.models.specs import roles
+from cycleqd_jax.plan import Workload, make_plan
 from cycleqd_jax.qd.emitter import CycleQDEmitter
 from cycleqd_jax.qd.grid import make_grid
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
@@ -155,7 +158,18 @@ def on_mesh(shape: str, one: Reference) -> dict[str, Any]:
     found["attach_text"] = collectives(attached.lower(base, basis, gains))
     population = attached(base, basis, gains)
     found |= decoding(mesh, population, one)
+    if shape == "4x2":
+        found["plan"] = planned_share(mesh)
     return found
+
+
+def planned_share(mesh: Mesh) -> dict[str, float]:
+    """The plan's bytes over the compiler's, at a size where weights and cache matter."""
+    config = replace(CONFIG, vocab_size=4096, hidden_size=256, intermediate_size=704, head_dim=32)
+    work = Workload(rank=32, candidates=8, prompts=4, prompt=32, new=32)
+    plan = make_plan(config, mesh, work)
+    lowered = lower_programs(config, mesh, work)
+    return {name: plan.programs[name] / needed_bytes(x.compile()) for name, x in lowered.items()}
 
 
 def decoding(mesh: Mesh, population: Any, one: Reference) -> dict[str, Any]:

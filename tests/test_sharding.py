@@ -121,6 +121,11 @@ def test_a_device_holds_its_share_of_weights_cache_and_children(both_axes: dict[
     check_bytes(both_axes, "4x2")
 
 
+def test_plans_of_split_programs_are_those_of_the_compiler(both_axes: dict[str, Any]) -> None:
+    assert both_axes["plan"].keys() == {"build", "prefill", "decode"}
+    assert all(0.9 < share < 1.1 for share in both_axes["plan"].values())
+
+
 @pytest.mark.slow
 def test_meshes_that_are_longer_in_one_axis(tmp_path: Path) -> None:
     for shape, found in run(tmp_path, "8x1", "2x4").items():
