@@ -44,8 +44,9 @@ from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.generate import Decoder
 from cycleqd_jax.models.programs import STEPS
 from cycleqd_jax.models.specs import LeafSpec, leaf_table
-from cycleqd_jax.plan import MODELS, Workload, abstract_arrays, make_plan
+from cycleqd_jax.plan import make_plan
 from cycleqd_jax.sharding import make_mesh
+from cycleqd_jax.workload import MODELS, Workload, abstract_arrays
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the other benchmarks, as `benchmarks.child`

@@ -14,8 +14,8 @@ from cycleqd_jax.merging.spectral import compile_materialise
 from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.programs import STEPS, Programs, Prompts, Rows
 from cycleqd_jax.models.schedule import prompt_bucket
-from cycleqd_jax.plan import Workload, abstract_arrays
 from cycleqd_jax.sharding import batch_placement, replicated, row_sharding
+from cycleqd_jax.workload import Workload, abstract_arrays
 
 
 def lower_programs(

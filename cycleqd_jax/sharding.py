@@ -195,7 +195,7 @@ def _of_node(spec: LeafSpec, node: Any, mesh: AnyMesh, layer_axes: int) -> Any:
         return VectorFactors(delta=at(None, *axes))
     if isinstance(node, CandidateVector):
         return CandidateVector(values=at(None, *axes))
-    if jax.tree.structure(node).num_leaves > 1:
+    if len(jax.tree.leaves(node)) > 1:
         raise ValueError(
             f"expected an array, factors or a kernel in place of {spec.hf_name}, "
             f"found {type(node).__name__}"

@@ -40,11 +40,12 @@ from cycleqd_jax.models.generate import Decoder
 from cycleqd_jax.models.kernels import attach, stack
 from cycleqd_jax.models.llama import init_params, rope_tables
 from cycleqd_jax.models.specs import roles
-from cycleqd_jax.plan import Workload, make_plan
+from cycleqd_jax.plan import make_plan
 from cycleqd_jax.qd.emitter import CycleQDEmitter
 from cycleqd_jax.qd.grid import make_grid
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.qd.selection import EliteSelector
+from cycleqd_jax.workload import Workload
 
 CONFIG = LlamaConfig(
     vocab_size=256,

@@ -11,8 +11,9 @@ from cycleqd_jax.chips import CHIPS, chip_of
 from cycleqd_jax.lowering import lower_programs, needed_bytes
 from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.specs import leaf_table
-from cycleqd_jax.plan import MODELS, Workload, main, make_plan
+from cycleqd_jax.plan import main, make_plan
 from cycleqd_jax.sharding import make_mesh
+from cycleqd_jax.workload import MODELS, Workload
 
 SMALL = LlamaConfig(
     vocab_size=4096,

@@ -14,7 +14,6 @@ from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.specs import leaf_table
-from cycleqd_jax.plan import MODELS
 from cycleqd_jax.sharding import (
     MODEL,
     POPULATION,
@@ -25,6 +24,7 @@ from cycleqd_jax.sharding import (
     mesh_shape,
     weight_sharding,
 )
+from cycleqd_jax.workload import MODELS
 
 SCRIPT = Path(__file__).parent / "sharded_programs.py"
 HIDDEN, LAYERS, RANKS = 32, 2, 12
