@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cycleqd_jax.models.convert import load_model, save_model
+from cycleqd_jax.qd.presets import DEFAULT
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.driver import evolve
 from cycleqd_jax.runs.evaluate import Evaluator
@@ -134,7 +135,10 @@ def test_a_score_that_is_not_finite_is_recorded_and_never_enters(
         ({"tasks": ("coding", "coding")}, "each task once"),
         ({"base": "/nowhere"}, "/nowhere"),
         ({"generations": 0}, "generations: expected at least 1, found 0"),
-        ({"mutation_max": -1.0}, "mutation_max: expected at least 0"),
+        (
+            {"preset": replace(DEFAULT, mutation_strength=-1.0)},
+            "mutation_strength: expected at least 0",
+        ),
         ({"uniform_scales": ()}, "uniform_scales"),
     ],
 )
