@@ -12,7 +12,7 @@ from qdax.core.map_elites import MAPElites
 
 from cycleqd_jax.merging.spectral import expert_gains, gain_layout
 from cycleqd_jax.progress import Progress
-from cycleqd_jax.qd.metrics import qd_metrics
+from cycleqd_jax.qd.metrics import acceptance, qd_metrics
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.runs.checkpoint import Checkpoints
 from cycleqd_jax.runs.evaluate import Evaluator
@@ -171,12 +171,14 @@ class Search:
                     played.scores[child],
                 ).to_row()
             )
-        elites = np.asarray(self.repertoire.extra_scores["id"])[
-            np.asarray(self.repertoire.occupied)
-        ]
+        entered = acceptance(
+            self.repertoire, jnp.asarray(ids), info["archive"], len(self._config.tasks)
+        )
         row = self._row(generation, metrics, played, tokens)
         row["archive"] = sorted({int(archive) for archive in archives})
-        row["accepted"] = int(np.isin(ids, elites).sum())
+        # One number for the archive a child was bred in; an archive without children has 0 of 0.
+        row["offered"] = np.asarray(entered.offered).tolist()
+        row["accepted"] = np.asarray(entered.accepted).tolist()
         row["seconds"] = {
             "emit": emitted - started,
             **played.seconds,
