@@ -48,7 +48,6 @@ def test_a_run_writes_everything_it_promises(finished: Path) -> None:
     for row in metrics:
         assert row["offered"] == [4 * (k in row["archive"]) for k in range(3)]
         assert all(a <= o for a, o in zip(row["accepted"], row["offered"], strict=True))
-    assert sum(sum(row["accepted"]) for row in metrics) > 0
     for picture in ("archives.png", "curves.png"):
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
 
