@@ -20,7 +20,6 @@ bfloat16, ours those of three in float32, since a gain of any of them may differ
 """
 
 import argparse
-import functools
 import json
 import statistics
 import tempfile
@@ -62,18 +61,6 @@ CONFIG = LlamaConfig(
     num_heads=12,
     num_kv_heads=12,
     head_dim=64,
-    dtype="bfloat16",
-)
-LLAMA3_8B = LlamaConfig(
-    vocab_size=128_256,
-    hidden_size=4096,
-    intermediate_size=14_336,
-    num_layers=32,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    rope_theta=500_000.0,
-    max_positions=8192,
     dtype="bfloat16",
 )
 
@@ -343,53 +330,6 @@ def best_of(times: int, run: Callable[[], Any]) -> float:
         run()
         seconds.append(time.perf_counter() - start)
     return min(seconds)
-
-
-def llama3_8b_child(rounds: int = 5) -> dict[str, Any] | None:
-    """One child at Llama-3-8B's shapes, three full-rank experts, on an accelerator.
-
-    Base, factors and child are bfloat16 and take 97 GB; None where the device has no room for them.
-    The bar is 0.30 s. The limit is the arithmetic at 790 TFLOP/s, what an H200 reaches in bfloat16.
-    """
-    device = jax.devices()[0]
-    room = (device.memory_stats() or {}).get("bytes_limit", 0)
-    if device.platform == "cpu" or room < 105e9:
-        return None
-
-    def leaf(spec: Any) -> tuple[Any, Any]:
-        layers = (LLAMA3_8B.num_layers,) if spec.stacked else ()
-        if spec.role == "vector":
-            delta = jnp.zeros((*layers, EXPERTS, *spec.shape), jnp.float32)
-            return jnp.ones((*layers, *spec.shape), jnp.bfloat16), VectorFactors(delta=delta)
-        m, n = spec.shape
-        ranks = (min(m, n),) * EXPERTS
-
-        @functools.partial(jax.jit, static_argnums=0)
-        def filled(shape: tuple[int, int]) -> jax.Array:
-            # One random layer for all of them: the time does not depend on it, the room does.
-            one = jax.random.normal(jax.random.key(0), shape, jnp.bfloat16)
-            return 0.01 * jnp.broadcast_to(one, (*layers, *shape))
-
-        u, v = filled((m, sum(ranks))), filled((n, sum(ranks)))
-        return filled((m, n)), MatrixFactors(u=u, v=v, ranks=ranks)
-
-    table = leaf_table(LLAMA3_8B)
-    pairs = jax.tree.map(leaf, table)
-    base = jax.tree.map(lambda _, pair: pair[0], table, pairs)
-    basis = jax.tree.map(lambda _, pair: pair[1], table, pairs)
-    ours = Ours(base, basis)
-    ours.child()
-    seconds = [best_of(1, ours.child) for _ in range(rounds)]
-    own = statistics.median(seconds)
-    return {
-        "row": "child, Llama-3-8B, full rank",
-        "ours": round(own, 4),
-        "peer": 0.30,
-        "peer_name": "bar",
-        "unit": "s",
-        "ratio": round(0.30 / own, 2),
-        "limit": round(operations(basis) / 790e12, 4),
-    }
 
 
 if __name__ == "__main__":

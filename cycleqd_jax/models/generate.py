@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from cycleqd_jax.models import kernels
 from cycleqd_jax.models.cache import unstack_layers
 from cycleqd_jax.models.config import LlamaConfig
-from cycleqd_jax.models.programs import Programs
+from cycleqd_jax.models.programs import Placement, Programs
 from cycleqd_jax.models.sampling import Sampling
 from cycleqd_jax.models.specs import LlamaParams
 from cycleqd_jax.models.stops import StopStrings
@@ -92,6 +92,9 @@ class Decoder:
     as many rows of each candidate in a batch. `max_rows` is the size of the largest batch.
     `workers` batches are decoded at the same time (default: one per core on a CPU, else one), since
     the small products of a decoding step leave a second core partly idle.
+
+    Weights may be sharded over several devices; `placement` then splits the batches too
+    (`sharding.batch_placement`).
     """
 
     def __init__(
@@ -107,6 +110,7 @@ class Decoder:
         workers: int | None = None,
         stop_strings: Sequence[str] = (),
         detokenize: Callable[[Sequence[int]], str] | None = None,
+        placement: Placement | None = None,
     ) -> None:
         for token in (*stop_tokens, pad_token):
             if not 0 <= token < config.vocab_size:
@@ -129,8 +133,10 @@ class Decoder:
         self._max_new = max_new_tokens
         self._max_rows = max_rows
         self._mode = mode
-        self._workers = workers or (_cores() if jax.default_backend() == "cpu" else 1)
-        self._programs = Programs(config, stop_tokens)
+        # Programs over several devices must be started in one order: by one thread.
+        alone = jax.default_backend() != "cpu" or placement is not None
+        self._workers = workers or (1 if alone else _cores())
+        self._programs = Programs(config, stop_tokens, placement)
 
     @property
     def traces(self) -> int:

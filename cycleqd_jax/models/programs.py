@@ -1,12 +1,13 @@
 """The compiled programs of decoding, and the state of a batch that they pass on.
 
 Between two calls of `chunk` the host looks at what was generated; everything else stays on the
-device. The programs contain no collectives and no host callbacks: with sharded weights and rows
-they compile as they are.
+device. The programs name no collectives and no host callbacks: with sharded weights they compile
+as they are, and a `Placement` says where the rows of a batch lie.
 """
 
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
@@ -25,7 +26,8 @@ from cycleqd_jax.models.specs import LlamaParams
 STEPS = 8
 """Decoding steps of a chunk: the host looks at the texts this often."""
 
-_PREFILL_TOKENS = 1024
+PREFILL_TOKENS = 1024
+"""Tokens of one device that are prefilled at a time."""
 
 
 class Rows(flax.struct.PyTreeNode):
@@ -58,14 +60,51 @@ class Prompts(flax.struct.PyTreeNode):
     prefix: Any
 
 
+@dataclass(frozen=True)
+class Placement:
+    """Where a batch lies on several devices; `sharding.batch_placement` makes it.
+
+    `rows` is the sharding of arrays with the batch in front, `heads` that of keys and values,
+    `parts` how many parts both cut the batch into. A batch that `parts` does not divide lies whole
+    on every device.
+    """
+
+    rows: jax.sharding.Sharding
+    heads: jax.sharding.Sharding
+    parts: int
+
+    def put(self, tree: Any) -> Any:
+        """Constrain a `Rows`, `Prompts` or `KVCache` to its place, inside a compiled program."""
+        heads = isinstance(tree, KVCache)
+
+        def leaf(value: Array, sharding: Any) -> Array:
+            if value.shape[0] % self.parts:
+                return value
+            return lax.with_sharding_constraint(value, sharding)
+
+        places = jax.tree.map(lambda _: self.rows, tree)
+        if heads:
+            keys = (self.heads,) * len(tree.keys)
+            places = KVCache(keys=keys, values=keys, positions=self.rows)
+        return jax.tree.map(leaf, tree, places)
+
+
 class Programs:
     """Compiles each program once per shape, however many threads ask; `traces` counts them."""
 
-    def __init__(self, config: LlamaConfig, stop_tokens: Sequence[int]) -> None:
+    def __init__(
+        self,
+        config: LlamaConfig,
+        stop_tokens: Sequence[int],
+        placement: Placement | None = None,
+    ) -> None:
         self._config = config
+        self._parts = 1 if placement is None else placement.parts
+        self._put = (lambda tree: tree) if placement is None else placement.put
         self._is_stop = jnp.zeros(config.vocab_size, bool).at[jnp.array(stop_tokens, int)].set(True)
         self._lock = threading.Lock()
         self._compiled: set[Hashable] = set()
+        self._jitted: dict[str, Any] = {}
         self.traces = 0
         self.prefix = self._program(self._prefix)
         self.enter = self._program(self._enter)
@@ -80,6 +119,7 @@ class Programs:
             return function(*args)
 
         jitted = jax.jit(traced, **options)
+        self._jitted[function.__name__.strip("_")] = jitted
 
         def call(*args: Any) -> Any:
             leaves, structure = jax.tree.flatten(args)
@@ -96,6 +136,10 @@ class Programs:
 
         return call
 
+    def lower(self, name: str, *args: Any) -> jax.stages.Lowered:
+        """A program lowered for arrays or `jax.ShapeDtypeStruct`s, not run: "enter", "chunk"."""
+        return self._jitted[name].lower(*args)
+
     def _prefix(self, weights: LlamaParams, tokens: Array, rows: Array) -> KVCache:
         """The cache of a prefix: `tokens` (candidates, prefix), without padding."""
         lengths = jnp.full(tokens.shape[0], tokens.shape[1], jnp.int32)
@@ -107,7 +151,9 @@ class Programs:
     ) -> tuple[Array, Rows, KVCache]:
         """The first token of every row, the state and the cache after its prompt."""
         batch, width = prompts.tokens.shape
-        pieces = 1 if kernels.is_stacked(weights) else _pieces(batch, width)
+        prompts = self._put(prompts)
+        parts = 1 if batch % self._parts else self._parts
+        pieces = 1 if kernels.is_stacked(weights) else _pieces(batch // parts, width)
 
         def piece(part: Prompts) -> tuple[Array, KVCache]:
             before = None
@@ -116,11 +162,18 @@ class Programs:
             chosen, rows = _blocks(weights, part.candidate)
             return prefill(chosen, self._config, part.tokens, part.lengths, rows, before)
 
-        # Pieces that fit the processor's cache: activations of a whole batch would not.
-        parts = jax.tree.map(lambda leaf: leaf.reshape(pieces, -1, *leaf.shape[1:]), prompts)
-        logits, cache = jax.tree.map(
-            lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), lax.map(piece, parts)
-        )
+        # Pieces that fit the processor's cache: activations of a whole batch would not. Each has
+        # rows of every part of the batch, so that no device waits.
+        def cut(leaf: Array) -> Array:
+            rows = leaf.reshape(parts, pieces, -1, *leaf.shape[1:])
+            return rows.swapaxes(0, 1).reshape(pieces, -1, *leaf.shape[1:])
+
+        def join(leaf: Array) -> Array:
+            rows = leaf.reshape(pieces, parts, -1, *leaf.shape[2:])
+            return rows.swapaxes(0, 1).reshape(batch, *leaf.shape[2:])
+
+        logits, cache = jax.tree.map(join, lax.map(piece, jax.tree.map(cut, prompts)))
+        cache = self._put(cache)
         before = 0 if prefix is None else prefix.slots
         state = Rows(
             token=jnp.zeros_like(prompts.lengths),
@@ -131,7 +184,7 @@ class Programs:
             candidate=prompts.candidate,
             seed=prompts.seed,
         )
-        emitted, state = self._emit(logits, state, cuts)
+        emitted, state = self._emit(logits, self._put(state), cuts)
         return emitted, state, cache
 
     def _chunk(
@@ -187,11 +240,12 @@ class Programs:
     ) -> tuple[Rows, KVCache]:
         """Put entering rows in the place of finished ones."""
         state = jax.tree.map(lambda old, new: old.at[places].set(new, mode="drop"), state, entering)
-        return state, insert_rows(cache, block, places)
+        return self._put(state), self._put(insert_rows(cache, block, places))
 
     def _repack(self, state: Rows, cache: KVCache, keep: Array, slots: int) -> tuple[Rows, KVCache]:
         """The batch of the rows `keep`, with `slots` slots."""
-        return jax.tree.map(lambda leaf: leaf[keep], state), reshape_cache(cache, keep, slots)
+        state = jax.tree.map(lambda leaf: leaf[keep], state)
+        return self._put(state), self._put(reshape_cache(cache, keep, slots))
 
 
 def _blocks(weights: LlamaParams, rows: Array) -> tuple[LlamaParams, Array | None]:
@@ -202,8 +256,8 @@ def _blocks(weights: LlamaParams, rows: Array) -> tuple[LlamaParams, Array | Non
 
 
 def _pieces(rows: int, width: int) -> int:
-    """Into how many equal parts a prefill is cut, so that each has about `_PREFILL_TOKENS`."""
+    """Into how many equal parts a prefill is cut, so that each has about `PREFILL_TOKENS`."""
     pieces = 1
-    while rows % (2 * pieces) == 0 and rows // pieces * width > _PREFILL_TOKENS:
+    while rows % (2 * pieces) == 0 and rows // pieces * width > PREFILL_TOKENS:
         pieces *= 2
     return pieces

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-_ARGMAX_BLOCK = 64
+_ARGMAX_BLOCK = 32
 
 
 @dataclass(frozen=True)
