@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from cycleqd_jax.qd.presets import DEFAULT, PRESETS
 from cycleqd_jax.runs.compilation import cache_compilations
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.console import main_guard, parse_experts, reproduce_command
@@ -26,7 +27,6 @@ _NUMBERS = {
     "test_problems": "held-out problems of the final table, per task",
     "difficulty": "of the problems",
     "rank": "directions kept per matrix and expert (default: all)",
-    "bins": "grid bins per task",
     "max_new_tokens": "longest answer",
 }
 
@@ -38,6 +38,10 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK")
     parser.add_argument("--out", type=Path, default=Path("runs/evolve"), help="run folder")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="what starts share")
+    parser.add_argument(
+        "--preset", choices=PRESETS, default="default", help="crossover, mutation, selection, …"
+    )
+    parser.add_argument("--bins", type=int, default=DEFAULT.bins, help="grid bins per task")
     defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
     for name, meaning in _NUMBERS.items():
         parser.add_argument(
@@ -50,6 +54,8 @@ def main() -> None:
         base=str(args.base),
         experts=parse_experts(args.experts),
         tasks=tuple(args.tasks),
+        # The ranges of a preset are of its own tasks: here the experts' scores decide.
+        preset=dataclasses.replace(PRESETS[args.preset], bins=args.bins, ranges=None),
         **{name: getattr(args, name) for name in _NUMBERS},
     )
     evolve(config, args.out, command=reproduce_command(), cache=args.cache)

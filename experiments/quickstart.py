@@ -8,8 +8,10 @@ in a cache; later starts only evolve.
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
+from cycleqd_jax.qd.presets import DEFAULT
 from cycleqd_jax.runs.compilation import cache_compilations
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.console import main_guard, reproduce_command
@@ -40,13 +42,16 @@ def main() -> None:
         tasks=tuple(TASKS),
         seed=args.seed,
         generations=args.generations,
-        # The paper breeds for days: two minutes need bolder steps, fewer cells, sharper selection.
         rank=32,
-        bins=6,
-        crossover_std=0.5,
-        mutation_max=0.4,
-        alpha_low=0.1,
-        alpha_high=1.0,
+        # The paper breeds for days: two minutes need bolder steps, fewer cells, sharper selection.
+        preset=replace(
+            DEFAULT,
+            bins=6,
+            crossover_std=0.5,
+            mutation_strength=0.4,
+            alpha_low=0.1,
+            alpha_high=1.0,
+        ),
     )
     out = args.out or Path("runs") / f"quickstart-{args.seed}"
     evolve(config, out, train_seconds=trained, command=reproduce_command(), cache=args.cache)

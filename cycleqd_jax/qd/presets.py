@@ -203,5 +203,9 @@ fewer than two elites in an archive it never returns, ours breeds an elite with 
 model is not in their code; `temperature` is the paper's.
 """
 
-PRESETS = {"paper": PAPER, "reference": REFERENCE}
+DEFAULT = Preset(crossover_std=0.1, mutation="expert_svd", mutation_strength=0.1)
+"""What a run does unless told otherwise: the paper's selection, grid and schedule with the
+authors' mutation, which is exact in the spectral space, and weights that move the children."""
+
+PRESETS = {"default": DEFAULT, "paper": PAPER, "reference": REFERENCE}
 """Name -> preset."""

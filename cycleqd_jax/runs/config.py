@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cycleqd_jax.qd.presets import DEFAULT, Preset
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -22,15 +24,7 @@ class RunConfig:
         test_problems: problems of the ``test`` split for the final table, per task.
         difficulty: of all problems.
         rank: directions kept per matrix and expert; None keeps every one above rounding noise.
-        bins: grid bins per task.
-        grid_low: the grid begins at this share of the weakest expert's score.
-        grid_high: the grid ends at this multiple of the best expert's score.
-        crossover_mean: mean of the parents' mixing weights.
-        crossover_std: their standard deviation.
-        mutation_max: expert-SVD mutation adds U[0, mutation_max] to the gains of one expert.
-        alpha_low: elite sampling's weight at the bottom of an archive's range.
-        alpha_high: and at its top.
-        temperature: of the softmax that mixes the archives' best elites.
+        preset: crossover, mutation, selection, grid, schedule and aggregation.
         uniform_scales: the λ that are tried for the uniform merge.
         max_new_tokens: the longest answer.
         checkpoint_every: generations between two checkpoints.
@@ -52,15 +46,7 @@ class RunConfig:
     test_problems: int = 200
     difficulty: int = 1
     rank: int | None = None
-    bins: int = 15
-    grid_low: float = 0.85
-    grid_high: float = 1.15
-    crossover_mean: float = 1.0
-    crossover_std: float = 0.1
-    mutation_max: float = 0.1
-    alpha_low: float = 0.5
-    alpha_high: float = 0.8
-    temperature: float = 1.0
+    preset: Preset = DEFAULT
     uniform_scales: tuple[float, ...] = field(
         default=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
     )
@@ -82,15 +68,17 @@ class RunConfig:
             "finalists",
             "test_problems",
             "difficulty",
-            "bins",
             "max_new_tokens",
             "checkpoint_every",
         ]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
-        for name in ("crossover_std", "mutation_max"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}: expected at least 0, found {getattr(self, name)}")
+        # The parts check their numbers when they are built, which is hours later for big models.
+        for name, least in (("crossover_std", 0), ("mutation_strength", 0), ("bins", 1)):
+            found = getattr(self.preset, name)
+            if found < least:
+                raise ValueError(f"preset: {name}: expected at least {least}, found {found}")
+        self.preset.build_selector()
         if not self.uniform_scales:
             raise ValueError("uniform_scales: expected at least one λ to try, found none")
 

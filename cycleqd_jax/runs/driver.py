@@ -191,7 +191,7 @@ def _draw(workspace: Workspace, search: Search, folder: RunFolder, best: Choice)
     slot = int(np.argmax(ids == best.details["id"]))
     picture = ArchivePicture(
         quality=quality,
-        bins=config.bins,
+        bins=config.preset.bins,
         lower=np.asarray(repertoire.tessellation.lower),
         upper=np.asarray(repertoire.tessellation.upper),
         tasks=config.tasks,

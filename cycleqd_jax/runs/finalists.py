@@ -54,7 +54,7 @@ def choose_finals(
     slots = np.argsort(-means, kind="stable")[:count]
     heads = best_elites(repertoire)
     quality = repertoire.scores[heads, jnp.arange(repertoire.num_archives)]
-    merged = aggregate(repertoire.gather(heads), quality, workspace.config.temperature)
+    merged = aggregate(repertoire.gather(heads), quality, workspace.config.preset.temperature)
     pool = jax.tree.map(
         lambda elites, one: jnp.concatenate([elites, one[None]]),
         repertoire.gather(jnp.asarray(slots)),

@@ -10,15 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from qdax.core.map_elites import MAPElites
 
-from cycleqd_jax.merging.crossover import linear_crossover
-from cycleqd_jax.merging.expert_svd import expert_svd_mutation
 from cycleqd_jax.merging.spectral import expert_gains, gain_layout
 from cycleqd_jax.progress import Progress
-from cycleqd_jax.qd.emitter import CycleQDEmitter
-from cycleqd_jax.qd.grid import grid_from_experts
-from cycleqd_jax.qd.metrics import qd_metrics
+from cycleqd_jax.qd.metrics import acceptance, qd_metrics
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
-from cycleqd_jax.qd.selection import EliteSelector
 from cycleqd_jax.runs.checkpoint import Checkpoints
 from cycleqd_jax.runs.evaluate import Evaluator
 from cycleqd_jax.runs.folder import RunFolder
@@ -68,9 +63,7 @@ class Search:
             genotypes=experts,
             fitnesses=jnp.asarray(scores),
             descriptors=jnp.asarray(scores),
-            centroids=grid_from_experts(
-                scores, self._config.bins, self._config.grid_low, self._config.grid_high
-            ),
+            centroids=self._config.preset.build_grid(scores),
             key=self._key,
             extra_scores={"id": jnp.arange(len(scores), dtype=jnp.int32)},
         )
@@ -124,12 +117,10 @@ class Search:
 
     def _algorithm(self, expert_scores: np.ndarray) -> MAPElites:
         config, layout = self._config, gain_layout(self._workspace.basis)
-        emitter = CycleQDEmitter(
-            selector=EliteSelector(config.alpha_low, config.alpha_high),
-            crossover=linear_crossover(config.crossover_mean, config.crossover_std),
-            mutation=expert_svd_mutation(layout, config.mutation_max),
-            batch_size=config.children,
-            num_archives=len(config.tasks),
+        emitter = config.preset.build_emitter(
+            layout,
+            config.children,
+            len(config.tasks),
             expert_of_archive=experts_of_tasks(
                 list(config.experts), list(config.tasks), expert_scores
             ),
@@ -180,12 +171,14 @@ class Search:
                     played.scores[child],
                 ).to_row()
             )
-        elites = np.asarray(self.repertoire.extra_scores["id"])[
-            np.asarray(self.repertoire.occupied)
-        ]
+        entered = acceptance(
+            self.repertoire, jnp.asarray(ids), info["archive"], len(self._config.tasks)
+        )
         row = self._row(generation, metrics, played, tokens)
         row["archive"] = sorted({int(archive) for archive in archives})
-        row["accepted"] = int(np.isin(ids, elites).sum())
+        # One number for the archive a child was bred in; an archive without children has 0 of 0.
+        row["offered"] = np.asarray(entered.offered).tolist()
+        row["accepted"] = np.asarray(entered.accepted).tolist()
         row["seconds"] = {
             "emit": emitted - started,
             **played.seconds,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from cycleqd_jax.qd.presets import DEFAULT
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.family import Family, FamilyConfig, make_family
 from cycleqd_jax.tasks.registry import make_tasks
@@ -57,7 +58,7 @@ def config(family: Family) -> RunConfig:
         test_problems=2,
         uniform_scales=(0.5, 1.0),
         max_new_tokens=8,
-        bins=5,
+        preset=replace(DEFAULT, bins=5),
         checkpoint_every=2,
     )
 

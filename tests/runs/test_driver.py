@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from cycleqd_jax.models.convert import load_model, save_model
+from cycleqd_jax.qd.presets import DEFAULT
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.driver import evolve
 from cycleqd_jax.runs.evaluate import Evaluator
@@ -44,6 +45,9 @@ def test_a_run_writes_everything_it_promises(finished: Path) -> None:
     metrics = read_jsonl(finished / "metrics.jsonl")
     assert [row["generation"] for row in metrics] == [1, 2, 3, 4]
     assert {"coverage", "qd_score", "best", "seconds", "tokens_per_second"} <= set(metrics[0])
+    for row in metrics:
+        assert row["offered"] == [4 * (k in row["archive"]) for k in range(3)]
+        assert all(a <= o for a, o in zip(row["accepted"], row["offered"], strict=True))
     for picture in ("archives.png", "curves.png"):
         assert (finished / picture).read_bytes().startswith(b"\x89PNG")
 
@@ -134,7 +138,10 @@ def test_a_score_that_is_not_finite_is_recorded_and_never_enters(
         ({"tasks": ("coding", "coding")}, "each task once"),
         ({"base": "/nowhere"}, "/nowhere"),
         ({"generations": 0}, "generations: expected at least 1, found 0"),
-        ({"mutation_max": -1.0}, "mutation_max: expected at least 0"),
+        (
+            {"preset": replace(DEFAULT, mutation_strength=-1.0)},
+            "mutation_strength: expected at least 0",
+        ),
         ({"uniform_scales": ()}, "uniform_scales"),
     ],
 )
