@@ -109,18 +109,22 @@ def check_bytes(found: dict[str, Any], shape: str) -> None:
     assert found["emit_split"]
 
 
+@pytest.mark.slow
 def test_a_mesh_of_both_axes_gives_what_one_device_gives(both_axes: dict[str, Any]) -> None:
     check_equal(both_axes)
 
 
+@pytest.mark.slow
 def test_devices_exchange_only_the_sums_of_tensor_parallelism(both_axes: dict[str, Any]) -> None:
     check_collectives(both_axes, "4x2")
 
 
+@pytest.mark.slow
 def test_a_device_holds_its_share_of_weights_cache_and_children(both_axes: dict[str, Any]) -> None:
     check_bytes(both_axes, "4x2")
 
 
+@pytest.mark.slow
 def test_plans_of_split_programs_are_those_of_the_compiler(both_axes: dict[str, Any]) -> None:
     assert both_axes["plan"].keys() == {"build", "prefill", "decode"}
     assert all(0.9 < share < 1.1 for share in both_axes["plan"].values())

@@ -164,6 +164,7 @@ def start(emitter, seed=0):
     return algorithm, repertoire, state
 
 
+@pytest.mark.slow
 def test_ask_tell_is_the_scanned_run_and_compiles_once():
     hot: tuple[Any, ...] = (breed_controlled, learn)
     for function in hot:
