@@ -35,6 +35,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measuring import Row, read_bandwidth, row, timed, write_rows
 
 from cycleqd_jax.chips import chip_of
 from cycleqd_jax.merging.decomposition import factorise
@@ -53,8 +54,6 @@ sys.path.insert(0, str(ROOT))  # the other benchmarks, as `benchmarks.child`
 
 BUDGET = 480.0
 CHILD_BAR, BANDWIDTH_BAR, DECODE_BAR = 0.30, 0.60, 8.0
-SUSTAINED_SHARE = 0.8
-"""Share of its published peak that a chip's large bfloat16 products reach (790 of 989 TFLOP/s)."""
 PACKAGES = ("jax", "jaxlib", "torch", "transformers")
 TINY = LlamaConfig(
     vocab_size=256,
@@ -67,7 +66,6 @@ TINY = LlamaConfig(
     max_positions=256,
     pad_id=0,
 )
-Row = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -95,8 +93,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{name}: {error}", file=sys.stderr)
     print(table(rows))
     print(f"{time.perf_counter() - start:.0f} s in all")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(options.json, rows)
     return 1 if failed else 0
 
 
@@ -128,7 +125,8 @@ def in_process(name: str, smoke: bool, seconds: float) -> list[Row]:
 
 def circumstances() -> Row:
     """Chip, versions and date, without which a figure says nothing."""
-    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    found = {d.metadata["Name"].lower(): d.version for d in importlib.metadata.distributions()}
+    versions = {name: found.get(name) for name in PACKAGES}
     return {
         "device": jax.devices()[0].device_kind,
         "versions": versions,
@@ -138,11 +136,11 @@ def circumstances() -> Row:
 
 def table(rows: Sequence[Row]) -> str:
     lines = [f"{'row':44s} {'ours':>10s} {'peer':>10s} {'ratio':>7s} {'limit':>10s}  unit, peer"]
-    for row in rows:
-        limit = f"{row['limit']:10.4g}" if row["limit"] is not None else f"{'':10s}"
+    for found in rows:
+        limit = f"{found['limit']:10.4g}" if found["limit"] is not None else f"{'':10s}"
         lines.append(
-            f"{row['row']:44s} {row['ours']:10.4g} {row['peer']:10.4g} {row['ratio']:7.2f} {limit}"
-            f"  {row['unit']}, {row['peer_name']}"
+            f"{found['row']:44s} {found['ours']:10.4g} {found['peer']:10.4g} "
+            f"{found['ratio']:7.2f} {limit}  {found['unit']}, {found['peer_name']}"
         )
     return "\n".join(lines)
 
@@ -156,7 +154,7 @@ def child_row(smoke: bool) -> list[Row]:
     ours.child()
     own = statistics.median(timed(ours.child) for _ in range(2 if smoke else 5))
     chip = chip_of(jax.devices()[0].device_kind)
-    limit = operations(ours.basis) / (SUSTAINED_SHARE * chip.flops) if chip else None
+    limit = operations(ours.basis) / chip.flops if chip else None
     return [row("child, 3 full-rank experts", own, CHILD_BAR, "bar", "s", limit)]
 
 
@@ -198,15 +196,23 @@ def decode_rows(smoke: bool) -> list[Row]:
         raise SystemExit(f"decode: {agreement:.1%} of the tokens are those of transformers")
 
     chip = chip_of(jax.devices()[0].device_kind)
-    bandwidth = chip.bandwidth if chip else measured_bandwidth()
+    bandwidth = chip.bandwidth if chip else read_bandwidth()
     plan = make_plan(config, mesh, work)
     limit = plan.bytes_read["decode"] / work.new / bandwidth
     title = f"rank {work.rank} x {work.experts}"
     size = f"{work.candidates} x {work.prompts} rows"
     whole = sum(plan.bytes_read.values()) / bandwidth
     return [
-        row(f"decode, {size}, {title}", own, peer, "transformers.generate", "s", whole)
-        | {"bar": DECODE_BAR, "agreement": agreement},
+        row(
+            f"decode, {size}, {title}",
+            own,
+            peer,
+            "transformers.generate",
+            "s",
+            whole,
+            bar=DECODE_BAR,
+            agreement=agreement,
+        ),
         row(
             f"decode step, {size}, {title}",
             1e3 * step,
@@ -214,8 +220,8 @@ def decode_rows(smoke: bool) -> list[Row]:
             f"bar: {BANDWIDTH_BAR:.0%} of the bandwidth limit",
             "ms",
             1e3 * limit,
-        )
-        | {"share_of_limit": limit / step},
+            share_of_limit=limit / step,
+        ),
     ]
 
 
@@ -299,8 +305,14 @@ def decompose_rows(smoke: bool) -> list[Row]:
         error = float(np.max(ours()[2]))
         own = min(timed(ours) for _ in range(2))
         rows.append(
-            row(f"{method}, 2 x {side}^2, {title}", own, theirs, "torch.linalg.svd", "s", None)
-            | {"error": error}
+            row(
+                f"{method}, 2 x {side}^2, {title}",
+                own,
+                theirs,
+                "torch.linalg.svd",
+                "s",
+                error=error,
+            )
         )
     return rows
 
@@ -313,8 +325,14 @@ def qd_rows(smoke: bool) -> list[Row]:
     rates = qd_loop.interleaved(loops, seconds, repetitions)
     own, peer = (statistics.median(rates[name]) for name in loops)
     found = [
-        row("qd loop", own, peer, "QDax MAPElites, iso+line, one archive", "evaluations/s", None)
-        | {"ratio": own / peer}
+        row(
+            "qd loop",
+            own,
+            peer,
+            "QDax MAPElites, iso+line, one archive",
+            "evaluations/s",
+            more_is_better=True,
+        )
     ]
     return found if smoke else found + qd_loop.llama(1200, "float32", 16, 5)
 
@@ -376,31 +394,6 @@ def torch_device() -> str:
             f"{jax.devices()[0].device_kind}: install torch with CUDA"
         )
     return "cuda"
-
-
-def measured_bandwidth() -> float:
-    """Bytes a second of a large sum, for a device whose published figure is not known."""
-    from benchmarks.decode import read_bandwidth
-
-    return read_bandwidth()
-
-
-def row(title: str, own: float, peer: float, name: str, unit: str, limit: float | None) -> Row:
-    return {
-        "row": title,
-        "ours": own,
-        "peer": peer,
-        "peer_name": name,
-        "unit": unit,
-        "ratio": peer / own,
-        "limit": limit,
-    }
-
-
-def timed(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

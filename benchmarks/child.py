@@ -20,7 +20,6 @@ bfloat16, ours those of three in float32, since a gain of any of them may differ
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -32,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from measuring import copy_bandwidth, in_turns, matmul_rate, row, write_rows
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
@@ -41,11 +41,11 @@ from cycleqd_jax.merging.decomposition import factorise
 from cycleqd_jax.merging.expert_svd import expert_svd_mutation
 from cycleqd_jax.merging.spectral import (
     MatrixFactors,
-    VectorFactors,
     compile_materialise,
     decompose,
     expert_gains,
     gain_layout,
+    is_factors,
 )
 from cycleqd_jax.merging.task_vector import task_vector
 from cycleqd_jax.models.convert import load_model, save_model
@@ -72,7 +72,7 @@ def main() -> None:
     options = parser.parse_args()
 
     disable_progress_bar()
-    speed, bandwidth = machine_limits()
+    speed, bandwidth = matmul_rate(), copy_bandwidth()
     print(
         f"this machine: {speed / 1e9:.0f} GFLOP/s in float32, copies at {bandwidth / 1e9:.1f} GB/s"
     )
@@ -80,14 +80,13 @@ def main() -> None:
     for rank in (None, 64):
         with tempfile.TemporaryDirectory() as folder:
             rows += compare(Path(folder), rank, options.rounds, speed, bandwidth)
-    for row in rows:
+    for found in rows:
         print(
-            f"{row['row']:24s} {row['ours']:7.3f} s   {row['peer_name']:24s} {row['peer']:7.3f} s"
-            f"   ratio {row['ratio']:6.2f}   limit {row['limit']:6.3f} s "
-            f"({row['limit'] / row['ours']:.0%} reached)"
+            f"{found['row']:24s} {found['ours']:7.3f} s   {found['peer_name']:24s} "
+            f"{found['peer']:7.3f} s   ratio {found['ratio']:6.2f}   limit {found['limit']:6.3f} s "
+            f"({found['limit'] / found['ours']:.0%} reached)"
         )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(options.json, rows)
 
 
 def compare(
@@ -104,13 +103,7 @@ def compare(
         "torch, as published": lambda: peer.child(published=True),
         "torch, lean": lambda: peer.child(published=False),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    medians = {name: statistics.median(s) for name, s in in_turns(runs, rounds).items()}
     limit = max(operations(basis) / speed, bytes_moved(base, basis) / bandwidth)
     name = f"child, {f'rank {rank}' if rank else 'full rank'}"
     forms = [(name, "ours", limit)]
@@ -118,16 +111,8 @@ def compare(
         copies = bytes_moved(base, basis) - 2.0 * sum(x.nbytes for x in jax.tree.leaves(base))
         forms.append((f"{name}, unbuilt", "ours, unbuilt", copies / bandwidth))
     return [
-        {
-            "row": row,
-            "ours": round(medians[form], 4),
-            "peer": round(medians[peer_name], 4),
-            "peer_name": peer_name,
-            "unit": "s",
-            "ratio": round(medians[peer_name] / medians[form], 2),
-            "limit": round(bound, 4),
-        }
-        for row, form, bound in forms
+        row(title, medians[form], medians[peer_name], peer_name, "s", bound)
+        for title, form, bound in forms
         for peer_name in ("torch, as published", "torch, lean")
     ]
 
@@ -300,36 +285,8 @@ def bytes_moved(base: Any, basis: Any) -> float:
 
 
 def _matrices(basis: Any) -> list[Any]:
-    nodes = jax.tree.leaves(basis, is_leaf=lambda n: isinstance(n, MatrixFactors | VectorFactors))
+    nodes = jax.tree.leaves(basis, is_leaf=is_factors)
     return [node for node in nodes if isinstance(node, MatrixFactors)]
-
-
-def machine_limits() -> tuple[float, float]:
-    """Operations a second of a large float32 product, and bytes a second read or written."""
-    side = 3072
-    square = jnp.ones((side, side), jnp.float32)
-    product = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
-    big = jnp.ones(2**27, jnp.float32)
-    shift = jax.jit(lambda old, a: a + 1.0, donate_argnums=0, keep_unused=True)
-    old = [jnp.zeros_like(big)]
-
-    def copy() -> None:
-        old[0] = jax.block_until_ready(shift(old[0], big))
-
-    return (
-        2.0 * side**3 / best_of(5, lambda: jax.block_until_ready(product(square))),
-        2.0 * big.nbytes / best_of(5, copy),
-    )
-
-
-def best_of(times: int, run: Callable[[], Any]) -> float:
-    run()
-    seconds = []
-    for _ in range(times):
-        start = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
 
 
 if __name__ == "__main__":

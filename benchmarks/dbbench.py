@@ -9,12 +9,13 @@ labels. "private" starts a MariaDB server on loopback for the time of the run.
 
 import argparse
 import contextlib
-import json
 import os
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+
+from measuring import Row, row, write_rows
 
 from cycleqd_jax.sandbox import open_sandbox
 from cycleqd_jax.tasks.base import Request
@@ -40,7 +41,7 @@ def main() -> None:
     options = parser.parse_args()
 
     records = read_records(options.data, irregular="skip")
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     failed: dict[str, list[str]] = {}
     with _backends(options.db) as backends:
         for name, backend in backends.items():
@@ -53,33 +54,23 @@ def main() -> None:
                 f"SELECT {table['SELECT']:.3f}, {len(records)} problems in {seconds:.1f} s, "
                 f"not solved: {', '.join(failed[name]) or 'none'}"
             )
+            held = partial(against_bar, name)
             rows += [
-                row(
-                    f"{name}: gold statements that give the hash", sum(changes), GOLD_BAR, "of 240"
-                ),
-                row(f"{name}: questions answered by their labels", table["SELECT"], 1.0, "share"),
+                held("gold statements that give the hash", sum(changes), GOLD_BAR, "of 240"),
+                held("questions answered by their labels", table["SELECT"], 1.0, "share"),
             ]
             if name == "sqlite":
                 rate, bar = len(records) / seconds, 360 / SECONDS_BAR
-                rows.append(row("sqlite: problems replayed", rate, bar, "problems/s"))
+                rows.append(held("problems replayed", rate, bar, "problems/s"))
     if len(failed) == 2:
         one, other = failed.values()
         differ = sorted(set(one) ^ set(other))
         print(f"the backends differ on: {', '.join(differ) or 'no problem'}")
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(options.json, rows)
 
 
-def row(name: str, ours: float, bar: float, unit: str) -> dict[str, Any]:
-    return {
-        "row": name,
-        "ours": round(float(ours), 3),
-        "peer": bar,
-        "peer_name": "bar",
-        "unit": unit,
-        "ratio": round(float(ours) / bar, 3),
-        "limit": None,
-    }
+def against_bar(backend: str, title: str, ours: float, bar: float, unit: str) -> Row:
+    return row(f"{backend}: {title}", ours, bar, "bar", unit, more_is_better=True)
 
 
 def replay(records: Sequence[Record], backend: Backend, workers: int) -> tuple[list[float], float]:

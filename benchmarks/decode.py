@@ -14,7 +14,6 @@ measured in the same run.
 """
 
 import argparse
-import json
 import os
 import tempfile
 import time
@@ -25,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measuring import matmul_rate, read_bandwidth, row, write_rows
 
 from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors
 from cycleqd_jax.models import kernels
@@ -119,21 +119,12 @@ def main() -> None:
     if "transformers" in seconds:
         peers["transformers.generate"] = seconds["transformers"]
     measured = [
-        {
-            "row": f"decode population, rank {options.rank}",
-            "ours": round(best, 3),
-            "peer": round(peer, 3),
-            "peer_name": name,
-            "unit": "s",
-            "ratio": round(peer / best, 2),
-            "limit": round(limit, 3),
-        }
+        row(f"decode population, rank {options.rank}", best, peer, name, "s", limit)
         for name, peer in peers.items()
     ]
-    for row in measured:
-        print(f"{row['ratio']:.2f} times as fast as {row['peer_name']}")
-    if options.json:
-        options.json.write_text(json.dumps(measured, indent=2) + "\n")
+    for found in measured:
+        print(f"{found['ratio']:.2f} times as fast as {found['peer_name']}")
+    write_rows(options.json, measured)
 
 
 def population(rank: int, candidates: int) -> Any:
@@ -221,29 +212,6 @@ def limit_seconds(attached: Any, rows: int, tokens: int, rate: float, bandwidth:
     step_bytes = 4 * numbers + rows * filled * token_bytes
     step = max(step_flops / rate, step_bytes / bandwidth)
     return float(step_flops * np.mean(PROMPT_LENGTHS) / rate + (tokens - 1) * step)
-
-
-def matmul_rate() -> float:
-    """Floating-point operations per second of a product of two matrices of 2048 x 2048."""
-    x = jnp.ones((2048, 2048))
-    product = jax.jit(jnp.matmul)
-    return 2 * 2048**3 / best_of(lambda: product(x, x).block_until_ready())
-
-
-def read_bandwidth() -> float:
-    """Bytes per second of a sum over 256 MB."""
-    x = jnp.ones(64 << 20)
-    total = jax.jit(jnp.sum)
-    return x.nbytes / best_of(lambda: total(x).block_until_ready())
-
-
-def best_of(run: Callable[[], Any], repetitions: int = 6) -> float:
-    times = []
-    for _ in range(repetitions):
-        start = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - start)
-    return min(times)
 
 
 if __name__ == "__main__":

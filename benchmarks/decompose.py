@@ -12,9 +12,7 @@ products of this shape reach here, without the eigenproblem.
 """
 
 import argparse
-import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
+from measuring import best_of, in_turns, row, write_rows
 
 from cycleqd_jax.merging.decomposition import METHODS, Method, factorise
 
@@ -53,16 +52,17 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
-    rows = [row for case in CASES for row in measure(case, options.rounds)]
-    for row in rows:
+    rows = [found for case in CASES for found in measure(case, options.rounds)]
+    for found in rows:
         print(
-            f"{row['row']:36s} {row['ours']:7.3f} s   {row['peer_name']} {row['peer']:7.3f} s   "
-            f"ratio {row['ratio']:5.2f}   products alone {row['limit'] or float('nan'):6.3f} s   "
-            f"error {row['error']:.1e}   excess {row['excess']:.1e}   "
-            f"orthonormal to {row['orthonormal']:.1e}"
+            f"{found['row']:36s} {found['ours']:7.3f} s   "
+            f"{found['peer_name']} {found['peer']:7.3f} s   "
+            f"ratio {found['ratio']:5.2f}   "
+            f"products alone {found['limit'] or float('nan'):6.3f} s   "
+            f"error {found['error']:.1e}   excess {found['excess']:.1e}   "
+            f"orthonormal to {found['orthonormal']:.1e}"
         )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(options.json, rows)
 
 
 def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
@@ -76,33 +76,27 @@ def measure(case: Case, rounds: int) -> list[dict[str, Any]]:
     runs: dict[str, Callable[[], Any]] = {m: partial(ours, m) for m in case.methods}
     runs["torch"] = lambda: torch.linalg.svd(on_torch, full_matrices=False)
     results = {name: run() for name, run in runs.items()}  # compiles, and warms torch's threads
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(rounds):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            run()
-            seconds[name].append(time.perf_counter() - start)
+    seconds = in_turns(runs, rounds)
     peer = statistics.median(seconds["torch"])
     best = best_error(tau, case.rank)
-    limit = round(products_alone(on_jax, results["gram"][0].shape[-1]), 4)
+    limit = products_alone(on_jax, results["gram"][0].shape[-1])
     rows = []
     for method in case.methods:
         u, v, _ = results[method]
         error, orthonormal = quality(tau, np.asarray(u, np.float64), np.asarray(v, np.float64))
         own = statistics.median(seconds[method])
         rows.append(
-            {
-                "row": f"{method}: {case.name}",
-                "ours": round(own, 4),
-                "peer": round(peer, 4),
-                "peer_name": "torch.linalg.svd",
-                "unit": "s",
-                "ratio": round(peer / own, 2),
-                "limit": limit if method == "gram" else None,
-                "error": error,
-                "excess": error - best,
-                "orthonormal": orthonormal,
-            }
+            row(
+                f"{method}: {case.name}",
+                own,
+                peer,
+                "torch.linalg.svd",
+                "s",
+                limit if method == "gram" else None,
+                error=error,
+                excess=error - best,
+                orthonormal=orthonormal,
+            )
         )
     return rows
 
@@ -151,13 +145,7 @@ def products_alone(tau: Any, rank: int) -> float:
         jax.block_until_ready(_image_and_check(tau, v))
 
     v = jnp.ones((*tau.shape[:-1], rank), jnp.float32)
-    products()
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        products()
-        seconds.append(time.perf_counter() - start)
-    return min(seconds)
+    return best_of(3, products)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,10 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import jax
 import numpy as np
+from measuring import row, write_rows
 
 from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.convert import save_model
@@ -81,18 +81,17 @@ def main() -> None:
         ("save", ours[1], theirs[1], 0),
     ):
         ours_over, theirs_over = (max(m["peak"] - held, 0) / 1e6 for m in (our, their))
-        rows.append(
-            row(f"{name}: over the model", ours_over, theirs_over, "MB", stack / 1e6, lower=True)
-        )
+        title = f"{name}: over the model"
+        rows.append(row(title, ours_over, theirs_over, "transformers", "MB", stack / 1e6))
         fast, slow = (size / m["seconds"] / 1e9 for m in (our, their))
-        rows.append(row(f"{name}: speed", fast, slow, "GB/s", None))
+        title = f"{name}: speed"
+        rows.append(row(title, fast, slow, "transformers", "GB/s", more_is_better=True))
     for measured in rows:
         print(
             f"{measured['row']:22s} {measured['ours']:8.2f} {measured['unit']:5s}"
             f"{measured['peer_name']} {measured['peer']:.2f}   ratio {measured['ratio']}"
         )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(options.json, rows)
 
 
 def architecture(gigabytes: float) -> LlamaConfig:
@@ -122,22 +121,6 @@ def measure(program: str, folder: Path, target: Path) -> list[dict[str, float]]:
     command = [sys.executable, "-c", _METER + program, str(folder), str(target)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def row(
-    name: str, ours: float, peer: float, unit: str, limit: float | None, lower: bool = False
-) -> dict[str, Any]:
-    """One line of the JSON; a ratio above 1 means that ours is better."""
-    better = (peer, ours) if lower else (ours, peer)
-    return {
-        "row": name,
-        "ours": round(ours, 3),
-        "peer": round(peer, 3),
-        "peer_name": "transformers",
-        "unit": unit,
-        "ratio": round(better[0] / better[1], 2) if better[1] else None,
-        "limit": None if limit is None else round(limit, 1),
-    }
 
 
 if __name__ == "__main__":

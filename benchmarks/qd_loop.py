@@ -11,7 +11,6 @@ Llama-3-8B's gains, for more and more occupied cells; it needs as much memory as
 
 import argparse
 import functools
-import json
 import resource
 import statistics
 import time
@@ -22,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from measuring import best_of, row, write_rows
 
 from cycleqd_jax.merging.crossover import linear_crossover
 from cycleqd_jax.merging.expert_svd import expert_svd_mutation
@@ -274,12 +274,7 @@ def limit(acceptance: float) -> dict[str, float]:
         return jax.lax.scan(body, key, None, length=50)
 
     def seconds(call: Callable[[], Any]) -> float:
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            times.append(time.perf_counter() - start)
-        return min(times)
+        return best_of(4, lambda: jax.block_until_ready(call()))
 
     def move() -> Any:
         nonlocal x
@@ -339,15 +334,15 @@ def compare(seconds: float, repetitions: int) -> list[dict[str, Any]]:
     )
     print("coverage " + " ".join(f"{c:.0%}" for c in coverage(mine)))
     return [
-        {
-            "row": f"qd loop against {name}",
-            "ours": round(speed, 1),
-            "peer": round(rate, 1),
-            "peer_name": name,
-            "unit": "evaluations/s",
-            "ratio": round(speed / rate, 2),
-            "limit": round(bound["per_second"], 1),
-        }
+        row(
+            f"qd loop against {name}",
+            speed,
+            rate,
+            name,
+            "evaluations/s",
+            bound["per_second"],
+            more_is_better=True,
+        )
         for name, rate in rates.items()
     ]
 
@@ -427,15 +422,13 @@ def llama(pool: int, dtype: str, batch: int, repetitions: int) -> list[dict[str,
         first = first or emit + add
         print(f"{occupied:5d} occupied cells: emit {emit:7.2f} ms, add {add:7.2f} ms a child")
         rows.append(
-            {
-                "row": f"emit + add, {layout.size} gains, {dtype}, {occupied} of {pool} occupied",
-                "ours": round(emit + add, 3),
-                "peer": round(first, 3),
-                "peer_name": f"ours at {sizes[0]} occupied cells",
-                "unit": "ms a child",
-                "ratio": round(first / (emit + add), 2),
-                "limit": None,
-            }
+            row(
+                f"emit + add, {layout.size} gains, {dtype}, {occupied} of {pool} occupied",
+                emit + add,
+                first,
+                f"ours at {sizes[0]} occupied cells",
+                "ms a child",
+            )
         )
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     print(f"peak memory of the process {peak:.1f} GB")
@@ -456,13 +449,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         rows = llama(options.pool, options.dtype, options.batch, options.repetitions)
     else:
         rows = compare(options.seconds, options.repetitions)
-        for row in rows:
+        for found in rows:
             print(
-                f"{row['peer_name']:42s} {row['peer']:9.0f}/s   ours {row['ours']:9.0f}/s   "
-                f"ratio {row['ratio']:.2f}"
+                f"{found['peer_name']:42s} {found['peer']:9.0f}/s   "
+                f"ours {found['ours']:9.0f}/s   ratio {found['ratio']:.2f}"
             )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(options.json, rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ process, and of fork, exec of bash, exit and wait, on all processors.
 """
 
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,6 +19,8 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+from measuring import row, write_rows
 
 from cycleqd_jax.sandbox import Job, Limits, open_sandbox
 
@@ -49,7 +50,7 @@ def main() -> None:
     rows = []
     with open_sandbox(options.backend, Limits(seconds=20.0), options.workers) as sandbox:
         print(f"backend {sandbox.backend}, {options.workers} workers")
-        for row, job, peer, peer_name, limit in (
+        for title, job, peer, peer_name, limit in (
             ("sandbox python", Job("python", FUNCTION), plain_python, "subprocess python", []),
             (
                 "sandbox bash",
@@ -59,19 +60,11 @@ def main() -> None:
                 ["bash", "--noprofile", "--norc", "-c", ":"],
             ),
         ):
-            ours = best_of(3, partial(our_rate, sandbox, job, options.programs))
-            theirs = best_of(2, partial(threaded_rate, peer, peers, options.workers))
-            bare = best_of(2, partial(bare_rate, limit, peers, options.workers))
+            ours = most_of(3, partial(our_rate, sandbox, job, options.programs))
+            theirs = most_of(2, partial(threaded_rate, peer, peers, options.workers))
+            bare = most_of(2, partial(bare_rate, limit, peers, options.workers))
             rows.append(
-                {
-                    "row": row,
-                    "ours": round(ours, 1),
-                    "peer": round(theirs, 1),
-                    "peer_name": peer_name,
-                    "unit": "programs/s",
-                    "ratio": round(ours / theirs, 2),
-                    "limit": round(bare, 1),
-                }
+                row(title, ours, theirs, peer_name, "programs/s", bare, more_is_better=True)
             )
     for measured in rows:
         print(
@@ -79,11 +72,10 @@ def main() -> None:
             f"{measured['peer']:.0f}/s   ratio {measured['ratio']:.1f}   "
             f"bare processes {measured['limit']:.0f}/s"
         )
-    if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n")
+    write_rows(options.json, rows)
 
 
-def best_of(times: int, measure: Callable[[], float]) -> float:
+def most_of(times: int, measure: Callable[[], float]) -> float:
     return max(measure() for _ in range(times))
 
 

@@ -2,8 +2,10 @@
 
     python -m cycleqd_jax.plan --model llama3-8b --experts 3 --rank 256 --candidates 32 --mesh 8x1
 
-Arrays are counted from the leaf table and from the same shardings that a run uses; what programs
-need besides their arguments is estimated from shapes. Nothing is allocated and no device is needed.
+Arrays are counted from the leaf table and the shardings of `cycleqd_jax.sharding`, factors in the
+weights' dtype; what programs need besides their arguments is estimated from shapes. A run of
+`experiments/evolve.py` uses one device, and while it starts it also holds the experts and factors
+in float32, which are not counted. Nothing is allocated and no device is needed.
 
 Times are limits, not forecasts: bytes over the published bandwidth and operations over the
 published peak of the chip, communication left out. No program is faster.
@@ -25,7 +27,7 @@ from cycleqd_jax.chips import CHIPS, Chip
 from cycleqd_jax.merging.spectral import MatrixFactors, gain_layout, is_factors
 from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.convert import load_config
-from cycleqd_jax.models.programs import PREFILL_TOKENS
+from cycleqd_jax.models.programs import prefill_pieces
 from cycleqd_jax.models.schedule import prompt_bucket
 from cycleqd_jax.models.specs import leaf_table
 from cycleqd_jax.sharding import MODEL, POPULATION, AnyMesh, mesh_shape
@@ -118,7 +120,7 @@ def _temporaries(config: LlamaConfig, mesh: tuple[int, int], work: Workload) -> 
     largest = max(np.prod(s.shape) for s in jax.tree.leaves(leaf_table(config)))
     width, rows = prompt_bucket(work.prompt), work.rows // mesh[0]
     logits = rows * config.vocab_size * (4 + jnp.dtype(config.dtype).itemsize) // mesh[1]
-    piece = max(1, min(rows, PREFILL_TOKENS // width))
+    piece = rows // prefill_pieces(rows, width)
     return {
         "build": 4 * int(largest) // mesh[1],
         "prefill": logits + _layer_bytes(config, mesh, piece, width, width),
@@ -152,7 +154,7 @@ def _generation(
     context = work.prompt + work.new / 2
     token = 2 * config.num_layers * config.num_kv_heads * config.head_dim / mesh[1]
     attention = 4 * config.num_layers * config.num_heads * config.head_dim / mesh[1]
-    pieces = max(1.0, rows * work.prompt / PREFILL_TOKENS)
+    pieces = prefill_pieces(work.rows // mesh[0], prompt_bucket(work.prompt))
     prefill_rows = rows * work.prompt
     reads = {
         "prefill": batches * (pieces * model_bytes + prefill_rows * token * item),

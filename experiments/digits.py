@@ -128,8 +128,8 @@ def main() -> None:
 
     # The genotype: gains on the singular directions of what the experts learnt.
     basis, _ = decompose([task_vector(expert, base) for expert in experts], ROLES, base=base)
-    starts = [expert_gains(basis, e) for e in range(len(experts))]
-    gains = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
+    layout = gain_layout(basis)
+    gains = jax.vmap(partial(expert_gains, layout))(jnp.arange(len(experts)))
 
     def score(genotypes: Any, key: jax.Array) -> tuple[Any, Any, dict[str, Any]]:
         models = jax.vmap(materialise, in_axes=(None, None, 0))(base, basis, genotypes)
@@ -143,7 +143,7 @@ def main() -> None:
         emitter=CycleQDEmitter(
             selector=EliteSelector(),
             crossover=linear_crossover(std=0.3),
-            mutation=expert_svd_mutation(gain_layout(basis), w_max=0.3),
+            mutation=expert_svd_mutation(layout, w_max=0.3),
             batch_size=CHILDREN,
             num_archives=len(GROUPS),
         ),
@@ -160,31 +160,26 @@ def main() -> None:
     winner = slots[int(np.argmax(np.asarray(repertoire.scores).mean(axis=1)[slots]))]
     heads = best_elites(repertoire)
     quality = repertoire.scores[heads, jnp.arange(len(GROUPS))]
-    rows = {f"expert {name}": g for name, g in zip(GROUPS, starts, strict=True)}
-    rows |= {f"merge/uniform λ={lam}": uniform_gains(basis, lam) for lam in (0.33, 0.5, 0.8)}
+    rows = {f"expert {name}": expert_gains(layout, e) for e, name in enumerate(GROUPS)}
+    rows |= {f"merge/uniform λ={lam}": uniform_gains(layout, lam) for lam in (0.33, 0.5, 0.8)}
     rows["cycleqd/best"] = repertoire.gather(jnp.asarray(winner))
     rows["cycleqd/aggregate"] = aggregate(repertoire.gather(heads), quality)
     models = {"base": base} | {n: materialise(base, basis, g) for n, g in rows.items()}
     table = {}
     for name, model in models.items():
-        found = [float(a) for a in accuracies(model, *problem.test)]
-        table[name] = dict(zip(GROUPS, found, strict=True)) | {"mean": float(np.mean(found))}
+        found = map(float, accuracies(model, *problem.test))
+        table[name] = dict(zip(GROUPS, found, strict=True))
     console = Console()
     console.print(results_table(table, list(GROUPS)))
     cover = ", ".join(f"{share:.0%}" for share in history["coverage"][-1])
     console.print(f"{GENERATIONS * CHILDREN} children; cells filled: {cover}")
 
-    indices = np.asarray(repertoire.cells)
-    found = np.asarray(repertoire.scores)[indices, np.arange(len(GROUPS))[:, None]]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     plot_archives(
         args.out,
-        ArchivePicture(
-            quality=np.where(indices >= 0, found, np.nan),
-            bins=BINS,
-            lower=np.asarray(cells.lower),
-            upper=np.asarray(cells.upper),
-            tasks=list(GROUPS),
+        ArchivePicture.of(
+            repertoire,
+            list(GROUPS),
             experts=dict(zip(GROUPS, np.asarray(expert_scores), strict=True)),
             best=np.asarray(repertoire.scores)[winner],
             generations=GENERATIONS,

@@ -212,8 +212,10 @@ def difference(found: Any, expected: Any) -> float:
     largest = 0.0
     for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         a, b = np.asarray(one, np.float64), np.asarray(other, np.float64)
-        apart = np.abs(np.subtract(a, b, where=a != b, out=np.zeros_like(a)))
-        largest = max(largest, float(np.max(apart, initial=0.0)))
+        differ = (a != b) & ~(np.isnan(a) & np.isnan(b))
+        apart = np.abs(np.subtract(a, b, where=differ, out=np.zeros_like(a)))
+        # Not Python's max, which drops a NaN.
+        largest = float(np.maximum(largest, np.max(apart, initial=0.0)))
     return largest
 
 

@@ -89,13 +89,19 @@ def test_a_batch_bounds_the_cache_and_reads_the_weights_more_often() -> None:
 
 
 def test_chips_are_recognised() -> None:
-    found = {kind: chip_of(kind) for kind in ("NVIDIA H200", "TPU v5 lite", "TPU v5", "cpu")}
-    assert found == {
+    wanted = {
         "NVIDIA H200": CHIPS["h200"],
+        "NVIDIA H100 80GB HBM3": CHIPS["h100"],
+        "NVIDIA A100-SXM4-80GB": CHIPS["a100"],
         "TPU v5 lite": CHIPS["v5e"],
         "TPU v5": CHIPS["v5p"],
+        # Relatives with other figures.
+        "NVIDIA GH200 480GB": None,
+        "NVIDIA H100 PCIe": None,
+        "NVIDIA A100-SXM4-40GB": None,
         "cpu": None,
     }
+    assert {kind: chip_of(kind) for kind in wanted} == wanted
 
 
 COMMAND = "--model llama3-8b --experts 3 --rank 256 --candidates 32"

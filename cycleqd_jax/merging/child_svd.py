@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
+from cycleqd_jax.merging.decomposition import HIGHEST
 from cycleqd_jax.merging.layout import GainLayout, LeafLayout
 from cycleqd_jax.merging.mutation import Mutation, split_as
 from cycleqd_jax.merging.space import LeafRoles, Space, check_space, leaf_roles, spectral_layout
 from cycleqd_jax.merging.static import Static, check_not_negative
 from cycleqd_jax.merging.task_vector import Role
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def child_svd_mutation(model: Any, w_max: Any = 2.0, space: Space = "spectral") -> Mutation:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cycleqd_jax.merging.decomposition import HIGHEST
 from cycleqd_jax.merging.low_rank import LowRank, is_low_rank
 from cycleqd_jax.merging.spectral import MatrixFactors, SpectralBasis, gain_layout
 from cycleqd_jax.merging.task_vector import check_same_structure, leaf_paths
@@ -197,7 +198,7 @@ def _sums(
 
 
 def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    return jnp.matmul(a, b, precision=HIGHEST)
 
 
 def _ratio(top: np.ndarray, bottom: np.ndarray) -> np.ndarray:

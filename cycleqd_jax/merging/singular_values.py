@@ -11,13 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import Partial
 
+from cycleqd_jax.merging.decomposition import HIGHEST
 from cycleqd_jax.merging.layout import GainLayout, LeafLayout
 from cycleqd_jax.merging.mutation import Mutation, add_increment, split_as
 from cycleqd_jax.merging.space import LeafRoles, Space, check_space, leaf_roles, spectral_layout
 from cycleqd_jax.merging.static import Static, check_not_negative
 from cycleqd_jax.merging.task_vector import Role, check_same_structure
-
-HIGHEST = jax.lax.Precision.HIGHEST
 
 
 def singular_value_mutation(

@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float
 
 from cycleqd_jax.merging.decomposition import (
+    HIGHEST,
     DecompositionReport,
     Method,
     check_method,
@@ -204,11 +205,6 @@ def decompose(
     return treedef.unflatten(nodes), DecompositionReport(ranks=ranks, error=errors)
 
 
-def num_experts(basis: SpectralBasis | GainLayout) -> int:
-    """Number of experts of a basis."""
-    return gain_layout(basis).num_experts
-
-
 def zero_gains(basis: SpectralBasis | GainLayout) -> Any:
     """Gains of the base model: matrix leaves (..., R), vector leaves (..., E), float32."""
     return gain_layout(basis).zeros()
@@ -232,7 +228,7 @@ def _weighted_outer(
     return jnp.matmul(
         scaled,
         jnp.swapaxes(v, -1, -2).astype(u.dtype),
-        precision=jax.lax.Precision.HIGHEST,
+        precision=HIGHEST,
         preferred_element_type=jnp.float32,
     )
 
@@ -244,7 +240,7 @@ def _weighted_sum(
         "...e,...ed->...d",
         gains.astype(jnp.float32),
         delta.astype(jnp.float32),
-        precision=jax.lax.Precision.HIGHEST,
+        precision=HIGHEST,
     )
 
 

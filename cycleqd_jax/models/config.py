@@ -12,8 +12,10 @@ Architecture = Literal["llama", "mistral", "qwen2"]
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-_CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM"} | {
-    "qwen2": "Qwen2ForCausalLM"
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
 }
 # What transformers takes where a config.json has no such key; a key that is null means something
 # else (as many key heads as heads, no window).

@@ -46,12 +46,16 @@ def replaced_folder(folder: Path, size: int) -> Iterator[Path]:
         if folder.exists():
             old = draft.with_name(draft.name + ".old")
             folder.rename(old)
-            draft.rename(folder)
+            try:
+                draft.rename(folder)
+            except OSError:
+                old.rename(folder)
+                raise
             shutil.rmtree(old)
         else:
             draft.rename(folder)
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(folder.parent).free
             raise OSError(errno.ENOSPC, _full(size, free), str(folder)) from error
         raise

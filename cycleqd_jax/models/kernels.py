@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors
+from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors, materialise
 
 
 class SpectralKernel(flax.struct.PyTreeNode):
@@ -177,12 +177,10 @@ def materialise_candidate(params: Any, candidate: Int[Array, ""]) -> Any:
             return jnp.take(node.values, candidate, axis=-2)
         if isinstance(node, StackedKernel):
             return jnp.take(node.values, candidate, axis=-3)
-        if not isinstance(node, SpectralKernel) or node.u.shape[-1] == 0:
-            return node.base if isinstance(node, SpectralKernel) else node
-        gain = jnp.take(node.gain, candidate, axis=-2)
-        scaled = node.u.astype(jnp.float32) * gain[..., None, :]
-        shift = scaled @ jnp.swapaxes(node.v.astype(jnp.float32), -1, -2)
-        return (node.base.astype(jnp.float32) + shift).astype(node.base.dtype)
+        if not isinstance(node, SpectralKernel):
+            return node
+        factors = MatrixFactors(u=node.u, v=node.v, ranks=(node.u.shape[-1],))
+        return materialise(node.base, factors, jnp.take(node.gain, candidate, axis=-2))
 
     return jax.tree.map(leaf, params, is_leaf=is_kernel)
 

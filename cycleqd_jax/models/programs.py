@@ -124,8 +124,8 @@ class Programs:
         def call(*args: Any) -> Any:
             leaves, structure = jax.tree.flatten(args)
             # Static numbers are leaves without a shape: they stand in the key themselves.
-            shapes = tuple(getattr(leaf, "shape", leaf) for leaf in leaves)
-            key = (function, structure, shapes)
+            kinds = tuple((getattr(x, "shape", x), getattr(x, "dtype", None)) for x in leaves)
+            key = (function, structure, kinds)
             if key in self._compiled:
                 return jitted(*args)
             # A new shape is compiled by one thread while the others wait.
@@ -153,7 +153,7 @@ class Programs:
         batch, width = prompts.tokens.shape
         prompts = self._put(prompts)
         parts = 1 if batch % self._parts else self._parts
-        pieces = 1 if kernels.is_stacked(weights) else _pieces(batch // parts, width)
+        pieces = 1 if kernels.is_stacked(weights) else prefill_pieces(batch // parts, width)
 
         def piece(part: Prompts) -> tuple[Array, KVCache]:
             before = None
@@ -255,7 +255,7 @@ def _blocks(weights: LlamaParams, rows: Array) -> tuple[LlamaParams, Array | Non
     return weights, rows
 
 
-def _pieces(rows: int, width: int) -> int:
+def prefill_pieces(rows: int, width: int) -> int:
     """Into how many equal parts a prefill is cut, so that each has about `PREFILL_TOKENS`."""
     pieces = 1
     while rows % (2 * pieces) == 0 and rows // pieces * width > PREFILL_TOKENS:

@@ -57,9 +57,10 @@ class Answer:
 class Stream:
     """Rows are submitted at any time; `step` decodes some tokens and returns what is finished.
 
-    A place in the batch that a finished row leaves is taken by the next one that waits, in the
-    order of submission. Stacked weights (`kernels.StackedKernel`) give every candidate the same
-    number of places. A stream belongs to one thread. Made by `Decoder.open`.
+    A place in the batch that a finished row leaves is taken by the next one that waits: call after
+    call of `submit`, within one call by shared prefix. Stacked weights (`kernels.StackedKernel`)
+    give every candidate the same number of places. A stream belongs to one thread. Made by
+    `Decoder.open`.
     """
 
     def __init__(

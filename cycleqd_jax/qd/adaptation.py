@@ -31,7 +31,7 @@ from jaxtyping import Array, Bool, Float, Int
 from qdax.baselines.cmaes import CMAES
 
 from cycleqd_jax.qd.emitter import CycleQDState
-from cycleqd_jax.qd.insertion import EMPTY
+from cycleqd_jax.qd.insertion import incumbent_quality
 from cycleqd_jax.qd.schedule import Schedule
 from cycleqd_jax.qd.tessellation import Tessellation
 
@@ -133,7 +133,7 @@ def begin(
         shortfall=blank,
         stalled=jnp.zeros(archives, jnp.int32),
         restarts=jnp.zeros(archives, jnp.int32),
-        incumbents=_incumbents(pool_scores, cells),
+        incumbents=incumbent_quality(pool_scores, cells),
     )
 
 
@@ -172,13 +172,6 @@ def turns(
     mine = jax.nn.one_hot(archive, archives, dtype=jnp.int32)
     before = jnp.take_along_axis(jnp.cumsum(mine, axis=0), archive[:, None], axis=1)[:, 0] - 1
     return (jnp.sum(children, axis=1)[archive] + before) % population
-
-
-def _incumbents(
-    scores: Float[Array, "capacity tasks"], cells: Int[Array, "tasks cells"]
-) -> Float[Array, "tasks cells"]:
-    tasks = jnp.arange(cells.shape[0], dtype=jnp.int32)[:, None]
-    return jnp.where(cells == EMPTY, -jnp.inf, scores[jnp.maximum(cells, 0), tasks])
 
 
 def _cells(
@@ -268,7 +261,7 @@ def learn(
         **told,
         generation=state.generation + 1,
         key=next_key,
-        incumbents=_incumbents(pool_scores, cells),
+        incumbents=incumbent_quality(pool_scores, cells),
     )
 
 

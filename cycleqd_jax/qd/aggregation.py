@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from cycleqd_jax.qd.insertion import EMPTY
+from cycleqd_jax.qd.insertion import EMPTY, is_traced
 
 
 @runtime_checkable
@@ -68,7 +68,7 @@ def softmax_weights(
     if isinstance(temperature, int | float) and not temperature > 0:
         raise ValueError(f"temperature must be positive, found {temperature}")
     quality = quality.astype(jnp.float32)
-    if not isinstance(quality, jax.core.Tracer):
+    if not is_traced(quality):
         values = np.asarray(quality)
         if not np.isfinite(values).any() or np.isnan(values).any() or np.isposinf(values).any():
             raise ValueError(

@@ -21,11 +21,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Sharding
 from jaxtyping import Array, Float, Int
 from qdax.core.emitters.repertoire_selectors.selector import Selector
 
 from cycleqd_jax.qd.adaptation import ControlSettings, ControlState, begin, learn, turns
-from cycleqd_jax.qd.emitter import CycleQDEmitter, Offspring
+from cycleqd_jax.qd.emitter import CycleQDEmitter, Offspring, mate, split_batch
 from cycleqd_jax.qd.parametric import Parameter, Parametric, squash
 from cycleqd_jax.qd.schedule import Schedule, cycle_per_generation
 from cycleqd_jax.qd.selection import draw_parents
@@ -60,7 +61,7 @@ def parent_features(
     return jnp.concatenate([found, jnp.ones((batch, 1), jnp.float32)], axis=1)
 
 
-@partial(jax.jit, static_argnames=("selector", "schedule", "experts", "batch_size"))
+@partial(jax.jit, static_argnames=("selector", "schedule", "experts", "batch_size", "sharding"))
 def breed_controlled(
     repertoire: Any,
     state: ControlState,
@@ -72,14 +73,15 @@ def breed_controlled(
     schedule: Schedule,
     experts: tuple[int, ...],
     batch_size: int,
+    sharding: Sharding | None = None,
 ) -> tuple[Offspring, Float[Array, "batch parameters"]]:
     """One batch of children whose parameters the archives' candidates choose.
 
     As `cycleqd_jax.qd.emitter.breed`, with the parameters' values (B, P), the crossover's first.
     """
     archive = schedule(state.generation, batch_size, repertoire.num_archives)
-    expert = jnp.asarray(experts, jnp.int32)[archive]
-    keys = jax.random.split(key, (batch_size, 3))
+    archive = split_batch(archive, sharding)
+    keys = split_batch(jax.random.split(key, (batch_size, 3)), sharding)
     parents = draw_parents(selector, repertoire, keys[:, 0], archive)
     features = parent_features(repertoire.tessellation, repertoire.scores[parents], archive)
     maps = state.candidates[archive, turns(state.children, archive)]
@@ -91,10 +93,10 @@ def breed_controlled(
     )
     values = squash(outputs, crossover.parameters + mutation.parameters)
     ours = len(crossover.parameters)
-    first, second = repertoire.gather(parents[:, 0]), repertoire.gather(parents[:, 1])
-    children = jax.vmap(crossover)(values[:, :ours], keys[:, 1], first, second)
-    children = jax.vmap(mutation)(values[:, ours:], keys[:, 2], children, expert)
-    return Offspring(genotypes=children, parents=parents, archive=archive), values
+    cross = partial(jax.vmap(crossover), values[:, :ours])
+    mutate = partial(jax.vmap(mutation), values[:, ours:])
+    children = mate(repertoire, parents, archive, keys[:, 1:], cross, mutate, experts, sharding)
+    return children, values
 
 
 class ControlledEmitter(CycleQDEmitter):
@@ -110,6 +112,7 @@ class ControlledEmitter(CycleQDEmitter):
         *,
         schedule: Schedule = cycle_per_generation,
         expert_of_archive: Sequence[int] | None = None,
+        sharding: Sharding | None = None,
         settings: ControlSettings | None = None,
     ) -> None:
         """Put the parts together.
@@ -122,6 +125,7 @@ class ControlledEmitter(CycleQDEmitter):
             num_archives: K, the repertoire's number of archives.
             schedule: which archive each child is bred in.
             expert_of_archive: expert whose directions serve archive k; default: expert k.
+            sharding: as for `CycleQDEmitter`.
             settings: settings of the CMA-ES; default: ``ControlSettings()``.
 
         Raises:
@@ -143,6 +147,7 @@ class ControlledEmitter(CycleQDEmitter):
             num_archives,
             schedule=schedule,
             expert_of_archive=expert_of_archive,
+            sharding=sharding,
         )
         self._settings = settings or ControlSettings()
         self._parameters = crossover.parameters + mutation.parameters
@@ -195,6 +200,7 @@ class ControlledEmitter(CycleQDEmitter):
             schedule=self._schedule,
             experts=self._experts,
             batch_size=self._batch_size,
+            sharding=self._sharding,
         )
         return children.genotypes, {
             "parents": children.parents,

@@ -18,7 +18,6 @@ In every archive k, after each batch:
    whose elite leaves.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -101,51 +100,14 @@ class DominatedNoveltyRepertoire(PooledRepertoire):
     competition: Any
 
     @classmethod
-    def init(
-        cls,
-        genotypes: Any,
-        fitnesses: Any,
-        descriptors: Any,
-        centroids: Any,
-        extra_scores: Mapping[str, Any] | None = None,
-        *,
-        capacity: int | None = None,
-        keys_extra_scores: tuple[str, ...] = (),
-        in_place: bool = False,
-    ) -> "DominatedNoveltyRepertoire":
-        """Make a repertoire from evaluated genotypes.
-
-        Args:
-            genotypes: tree with leaves (B, ...), B >= 1.
-            fitnesses: (B, K) scores.
-            descriptors: (B, K), the same scores again (QDax passes both).
-            centroids: the `DominatedNovelty`; the name is QDax's.
-            extra_scores: name -> tree with leaves (B, ...).
-            capacity: slots of the pool. None: the worst case K * N if that takes at most
-                ``FULL_POOL_BYTES``, else what the batch needs; an eager `add` grows it.
-            keys_extra_scores: which extra scores to keep.
-            in_place: let an eager `add` consume the repertoire it is called on, see the class.
-
-        Raises:
-            ValueError: not a `DominatedNovelty`, no genotype, wrong number of scores, no row with
-                finite scores, an extra score that is missing, or (under jit) too small a capacity.
-        """
-        if not isinstance(centroids, DominatedNovelty):
+    def rule_fields(cls, rule: Any) -> dict[str, Any]:
+        """The `DominatedNovelty`."""
+        if not isinstance(rule, DominatedNovelty):
             raise ValueError(
                 "centroids: expected a DominatedNovelty (see make_dominated_novelty), found "
-                f"{type(centroids).__name__}"
+                f"{type(rule).__name__}"
             )
-        return cls._start(
-            genotypes,
-            fitnesses,
-            descriptors,
-            extra_scores,
-            shape=(centroids.num_tasks, centroids.num_cells),
-            capacity=capacity,
-            keys_extra_scores=keys_extra_scores,
-            in_place=in_place,
-            competition=centroids,
-        )
+        return {"competition": rule}
 
     def decide(self, batch_scores: Float[Array, "batch tasks"]) -> Decision:
         """Which rows of a batch would enter which cells; changes nothing."""

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Sharding
 from jax.tree_util import Partial, all_leaves
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, Key
 from qdax.core.emitters.emitter import Emitter, EmitterState
 from qdax.core.emitters.repertoire_selectors.selector import Selector
 
@@ -49,9 +49,12 @@ class Offspring(struct.PyTreeNode):
     archive: Any
 
 
-def _as_pytree(operator: Callable[..., Any]) -> Any:
-    # An operator that is a pytree (a Partial, a struct with __call__) brings its arrays as
-    # arguments of the compiled function; a plain function is static.
+def as_pytree(operator: Callable[..., Any]) -> Any:
+    """An operator as an argument of a compiled function.
+
+    One that is a pytree (a Partial, a struct with ``__call__``) brings its arrays along; a plain
+    function is static.
+    """
     return Partial(operator) if all_leaves([operator]) else operator
 
 
@@ -95,18 +98,44 @@ def breed(
         batch_size: number of children B.
         sharding: how the children's leading axis is split over devices.
     """
-
-    def split(x: Any) -> Any:
-        return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
-
-    archive = split(schedule(generation, batch_size, repertoire.num_archives))
-    expert = jnp.asarray(experts, jnp.int32)[archive]
-    keys = split(jax.random.split(key, (batch_size, 3)))
+    archive = split_batch(schedule(generation, batch_size, repertoire.num_archives), sharding)
+    keys = split_batch(jax.random.split(key, (batch_size, 3)), sharding)
     parents = draw_parents(selector, repertoire, keys[:, 0], archive)
+    cross, mutate = jax.vmap(crossover), jax.vmap(mutation)
+    return mate(repertoire, parents, archive, keys[:, 1:], cross, mutate, experts, sharding)
+
+
+def split_batch(x: Any, sharding: Sharding | None) -> Any:
+    """A tree of one row a child, split over devices; as it is without a sharding."""
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
+
+
+def mate(
+    repertoire: PooledRepertoire,
+    parents: Int[Array, "batch 2"],
+    archive: Int[Array, " batch"],
+    keys: Key[Array, "batch 2"],
+    cross: Callable[..., Any],
+    mutate: Callable[..., Any],
+    experts: tuple[int, ...],
+    sharding: Sharding | None,
+) -> Offspring:
+    """Children of chosen parents.
+
+    Args:
+        repertoire: where the parents are.
+        parents: pool indices.
+        archive: archive each child is bred in.
+        keys: two a child, for crossover and mutation.
+        cross: ``(keys, first parents, second parents) -> children``, whole batches.
+        mutate: ``(keys, children, experts) -> children``, whole batches.
+        experts: as for `breed`.
+        sharding: as for `breed`.
+    """
     pairs = repertoire.gather(parents[:, 0]), repertoire.gather(parents[:, 1])
-    children = jax.vmap(crossover)(keys[:, 1], *pairs)
-    children = split(jax.vmap(mutation)(keys[:, 2], children, expert))
-    return Offspring(genotypes=children, parents=parents, archive=archive)
+    children = cross(keys[:, 0], *pairs)
+    children = mutate(keys[:, 1], children, jnp.asarray(experts, jnp.int32)[archive])
+    return Offspring(genotypes=split_batch(children, sharding), parents=parents, archive=archive)
 
 
 class CycleQDEmitter(Emitter):
@@ -159,8 +188,8 @@ class CycleQDEmitter(Emitter):
             _check_shards(sharding, batch_size)
         self._sharding = sharding
         self._selector = selector
-        self._crossover = _as_pytree(crossover)
-        self._mutation = _as_pytree(mutation)
+        self._crossover = as_pytree(crossover)
+        self._mutation = as_pytree(mutation)
         self._batch_size = batch_size
         self._schedule = schedule
         self._experts = tuple(int(e) for e in experts)

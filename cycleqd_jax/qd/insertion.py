@@ -20,6 +20,11 @@ from cycleqd_jax.qd.tessellation import Tessellation
 EMPTY = -1
 
 
+def is_traced(x: Any) -> bool:
+    """Whether a value is not known yet, inside a compiled function."""
+    return isinstance(x, jax.core.Tracer)
+
+
 class Decision(struct.PyTreeNode):
     """Which rows of a batch enter which cells.
 

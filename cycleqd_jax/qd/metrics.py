@@ -71,7 +71,7 @@ class Acceptance(struct.PyTreeNode):
 def acceptance(
     repertoire: PooledRepertoire,
     ids: Int[Array, " batch"],
-    groups: Int[Array, " batch"],
+    groups: Int[Array, " labels"],
     num_groups: int,
     name: str = "id",
 ) -> Acceptance:

@@ -25,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from cycleqd_jax.qd.evidence import Belief, Evidence, NoiseModel, probability_better
-from cycleqd_jax.qd.insertion import EMPTY, Decision, decide, occupied_slots
+from cycleqd_jax.qd.insertion import EMPTY, Decision, decide, is_traced, occupied_slots
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.qd.tessellation import Tessellation
 
@@ -204,7 +204,7 @@ class NoisyRepertoire(CyclicRepertoire):
                 f"indices: expected one for each of {evidence.count.shape[0]} rows of evidence, "
                 f"found shape {indices.shape}"
             )
-        if not (_traced(indices) or _traced(self.cells)):
+        if not (is_traced(indices) or is_traced(self.cells)):
             _check_indices(np.asarray(indices), np.asarray(self.occupied))
         # Only tables go in: copying the pool of genotypes would cost more than all the rest.
         merged, scores, cells = _reassess(
@@ -307,10 +307,6 @@ def _reassess(
     return evidence, jnp.where(kept[:, None], scores, -jnp.inf), filed
 
 
-def _traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
-
-
 def _with_evidence(extra_scores: Mapping[str, Any] | None, fitnesses: Any) -> dict[str, Any]:
     extra = dict(extra_scores or {})
     if EVIDENCE not in extra:
@@ -322,7 +318,7 @@ def _with_evidence(extra_scores: Mapping[str, Any] | None, fitnesses: Any) -> di
             f"extra score '{EVIDENCE}': expected an Evidence (see Evidence.of), found "
             f"{type(evidence).__name__}"
         )
-    if not (_traced(evidence.count) or _traced(fitnesses)) and not np.array_equal(
+    if not (is_traced(evidence.count) or is_traced(fitnesses)) and not np.array_equal(
         np.asarray(evidence.scores), np.asarray(fitnesses, np.float32), equal_nan=True
     ):
         raise ValueError(

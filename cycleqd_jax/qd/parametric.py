@@ -22,7 +22,7 @@ from jaxtyping import Array, Float
 
 from cycleqd_jax.merging.crossover import linear_crossover
 from cycleqd_jax.merging.mutation import Mutation
-from cycleqd_jax.qd.emitter import _as_pytree
+from cycleqd_jax.qd.emitter import as_pytree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def parametric(operator: Callable[..., Any], *parameters: Parameter) -> Parametr
             arrays over as arguments of compiled functions.
         parameters: in the order of the values; none, if nothing is to be chosen.
     """
-    return Parametric(operator=_as_pytree(operator), parameters=parameters)
+    return Parametric(operator=as_pytree(operator), parameters=parameters)
 
 
 def parametric_crossover(std: float = 0.1, low: float = -1.0, high: float = 3.0) -> Parametric:
@@ -109,7 +109,7 @@ def parametric_mutation(
         ValueError: unless ``low < start < high``.
     """
     return parametric(
-        Partial(_strengthen, _as_pytree(mutation)), Parameter("w_max", low, start, high)
+        Partial(_strengthen, as_pytree(mutation)), Parameter("w_max", low, start, high)
     )
 
 

@@ -24,6 +24,7 @@ from cycleqd_jax.qd.insertion import (
     EMPTY,
     Decision,
     assign_slots,
+    is_traced,
     occupied_slots,
 )
 from cycleqd_jax.qd.tessellation import other_tasks
@@ -77,25 +78,51 @@ class PooledRepertoire(Repertoire):
         """Which rows of a batch would enter which cells; changes nothing."""
 
     @classmethod
-    def _start(
+    @abc.abstractmethod
+    def rule_fields(cls, rule: Any) -> dict[str, Any]:
+        """Fields of the subclass that hold its rule, the ``centroids`` that `init` is given.
+
+        Raises:
+            ValueError: it is no rule of this kind of archives.
+        """
+
+    @classmethod
+    def init(
         cls: type[Pool],
         genotypes: Any,
         fitnesses: Any,
         descriptors: Any,
-        extra_scores: Mapping[str, Any] | None,
+        centroids: Any,
+        extra_scores: Mapping[str, Any] | None = None,
         *,
-        shape: tuple[int, int],
-        capacity: int | None,
-        keys_extra_scores: tuple[str, ...],
-        in_place: bool,
-        **rule: Any,
+        capacity: int | None = None,
+        keys_extra_scores: tuple[str, ...] = (),
+        in_place: bool = False,
     ) -> Pool:
-        """Repertoire of ``shape`` = (K, C) cells with a first batch; ``rule`` is the subclass's."""
+        """Make a repertoire from evaluated genotypes.
+
+        Args:
+            genotypes: tree with leaves (B, ...), B >= 1.
+            fitnesses: (B, K) scores.
+            descriptors: (B, K), the same scores again (QDax passes both).
+            centroids: what decides who enters which cell, see the class; the name is QDax's.
+            extra_scores: name -> tree with leaves (B, ...).
+            capacity: slots of the pool. None: the worst case of one elite a cell if that takes at
+                most ``FULL_POOL_BYTES``, else what the batch needs; an eager `add` grows it.
+            keys_extra_scores: which extra scores to keep.
+            in_place: let an eager `add` consume the repertoire it is called on, see the class.
+
+        Raises:
+            ValueError: not the class's rule, no genotype, wrong number of scores, no row with
+                finite scores, an extra score that is missing, or (under jit) too small a capacity.
+        """
+        rule = cls.rule_fields(centroids)
+        shape = (centroids.num_tasks, centroids.num_cells)
         batch, (tasks, _) = _batch_size(genotypes), shape
         if batch == 0:
             raise ValueError("expected at least one evaluated genotype, found an empty batch")
         scores = _check_scores(fitnesses, descriptors, batch, tasks)
-        if not _traced(scores) and not np.isfinite(np.asarray(scores)).all(axis=1).any():
+        if not is_traced(scores) and not np.isfinite(np.asarray(scores)).all(axis=1).any():
             raise ValueError(
                 f"expected at least one genotype with {tasks} finite scores, found none "
                 f"among {batch}: the archives would be empty"
@@ -164,7 +191,7 @@ class PooledRepertoire(Repertoire):
         worst = self.cells.size
         if self.capacity >= worst:
             return self.capacity
-        if _traced(decision.slots_needed):
+        if is_traced(decision.slots_needed):
             raise ValueError(
                 f"a pool of capacity {self.capacity} cannot grow inside compiled code: expected at "
                 f"least {worst} ({self.num_archives} archives of {self.num_cells} cells). "
@@ -310,10 +337,6 @@ def _written(  # operands of one kernel
 
 _write = jax.jit(_written, static_argnames="capacity")
 _write_in_place = jax.jit(_written, static_argnames="capacity", donate_argnames="pool")
-
-
-def _traced(x: Any) -> bool:
-    return isinstance(x, jax.core.Tracer)
 
 
 def _one(tree: Any) -> Any:

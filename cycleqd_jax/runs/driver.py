@@ -1,8 +1,9 @@
 """One run from start to finish: prepare, search, choose, test, report."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from cycleqd_jax.progress import Progress
 from cycleqd_jax.runs.compatibility import compatibility_report, compatibility_tables
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.curves import plot_curves
-from cycleqd_jax.runs.evaluate import Evaluator
+from cycleqd_jax.runs.evaluate import Evaluator, Problems
 from cycleqd_jax.runs.export import ModelCard, expert_coefficients, export_model
 from cycleqd_jax.runs.files import read_json, write_json_atomic
-from cycleqd_jax.runs.finalists import Choice, choose_finals, choose_uniform
+from cycleqd_jax.runs.finalists import Choice, Finals, choose_finals, choose_uniform
 from cycleqd_jax.runs.folder import RunFolder
 from cycleqd_jax.runs.jsonl import read_jsonl
 from cycleqd_jax.runs.pictures import ArchivePicture, plot_archives
@@ -28,7 +29,7 @@ from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import open_sandbox
 from cycleqd_jax.sandbox.memo import MemoSandbox
 
-# Problems of the search split that finalists meet for the first time are drawn with another seed.
+# Finalists meet other problems of the search split: where it has many, all of them new to them.
 _FINAL_SEED = 1_000_003
 
 
@@ -86,12 +87,31 @@ def evolve(
             f"retained energy {workspace.report.mean():.4f} "
             f"(lowest {workspace.report.minimum():.4f})"
         )
+        # Drawn before the search: a task with too few problems must say so now.
+        final = workspace.problems("search", config.final_problems, config.seed + _FINAL_SEED)
+        test = workspace.problems("test", config.test_problems, config.seed)
         with MemoSandbox(open_sandbox(config.sandbox)) as sandbox:
             evaluator = Evaluator(workspace, sandbox)
             search = Search(workspace, evaluator, folder)
             search.run()
+            finals = choose_finals(workspace, evaluator, search.repertoire, final)
+            uniform = choose_uniform(workspace, evaluator, final)
             clock.lap("evolve")
-            result = _finish(workspace, evaluator, search, folder, clock, train_seconds, command)
+            scores = _test(workspace, evaluator, finals, uniform, test, folder, command)
+        _draw(workspace, search, folder, finals.best)
+        clock.lap("test")
+        metrics = search.metrics()
+        result = summary(
+            tasks=config.tasks,
+            split="test",
+            models=scores,
+            generations=config.generations,
+            evaluations=search.evaluations,
+            coverage=[float(x) for x in metrics["coverage"]],
+            qd_score=[float(x) for x in metrics["qd_score"]],
+            seconds={"train": train_seconds, **clock.seconds},
+        )
+        write_json_atomic(folder.summary_file, result)
         _show(console, result, folder)
         return result
 
@@ -106,57 +126,41 @@ def _report_compatibility(console: Console, workspace: Workspace, folder: RunFol
         console.print(f"note: {note}", soft_wrap=True)
 
 
-def _finish(
+def _test(
     workspace: Workspace,
     evaluator: Evaluator,
-    search: Search,
+    finals: Finals,
+    uniform: Choice,
+    problems: Problems,
     folder: RunFolder,
-    clock: Clock,
-    train_seconds: float,
     command: str,
-) -> dict[str, Any]:
-    """Choose the final models on ``search``, write them, score the table's rows on ``test``."""
-    config = workspace.config
-    problems = workspace.problems("search", config.final_problems, config.seed + _FINAL_SEED)
-    finals = choose_finals(workspace, evaluator, search.repertoire, problems)
-    uniform = choose_uniform(workspace, evaluator, problems)
-    clock.lap("evolve")
-    models = {"base": workspace.base}
-    models |= {f"expert/{name}": workspace.expert_params(name) for name in workspace.experts}
+) -> dict[str, dict[str, float]]:
+    """Score the table's models, one in memory at a time, and write the two that are put forward."""
     chosen = {
         "merge/uniform": uniform,
         "cycleqd/best": finals.best,
         "cycleqd/aggregate": finals.aggregate,
     }
+    targets = {"cycleqd/best": folder.best, "cycleqd/aggregate": folder.aggregate}
     build = jax.jit(materialise)
-    models |= {
-        name: build(workspace.base, workspace.basis, choice.gains)
-        for name, choice in chosen.items()
-    }
-    test = workspace.problems("test", config.test_problems, config.seed)
+
+    def made(choice: Choice) -> Any:
+        return build(workspace.base, workspace.basis, choice.gains)
+
+    models: dict[str, Callable[[], Any]] = {"base": lambda: workspace.base}
+    models |= {f"expert/{e}": partial(workspace.expert_params, e) for e in workspace.experts}
+    models |= {name: partial(made, choice) for name, choice in chosen.items()}
     scores = {}
     with Progress("test", len(models)) as progress:
-        for name, params in models.items():
-            row = evaluator.model(params, test).scores[0]
-            scores[name] = dict(zip(config.tasks, map(float, row), strict=True))
+        for name, make in models.items():
+            params = make()
+            row = evaluator.model(params, problems).scores[0]
+            scores[name] = dict(zip(workspace.config.tasks, map(float, row), strict=True))
+            if name in targets:
+                target, choice = targets[name], chosen[name]
+                _export(workspace, target, name, params, choice, scores[name], command)
             progress.advance(note=f"{name} {row.mean():.3f}")
-    for name, target in (("cycleqd/best", folder.best), ("cycleqd/aggregate", folder.aggregate)):
-        _export(workspace, target, name, models[name], chosen[name], scores[name], command)
-    _draw(workspace, search, folder, finals.best)
-    clock.lap("test")
-    metrics = search.metrics()
-    result = summary(
-        tasks=config.tasks,
-        split="test",
-        models=scores,
-        generations=config.generations,
-        evaluations=search.evaluations,
-        coverage=[float(x) for x in metrics["coverage"]],
-        qd_score=[float(x) for x in metrics["qd_score"]],
-        seconds={"train": train_seconds, **clock.seconds},
-    )
-    write_json_atomic(folder.summary_file, result)
-    return result
+    return scores
 
 
 def _export(
@@ -183,20 +187,14 @@ def _export(
 
 def _draw(workspace: Workspace, search: Search, folder: RunFolder, best: Choice) -> None:
     config, repertoire = workspace.config, search.repertoire
-    cells = np.asarray(repertoire.cells)
-    scores = np.asarray(repertoire.scores)
-    quality = np.where(cells >= 0, scores[cells, np.arange(len(config.tasks))[:, None]], np.nan)
     # The star stands where the archives hold the model; its scores as a finalist are of others.
     ids = np.where(repertoire.occupied, repertoire.extra_scores["id"], -1)
     slot = int(np.argmax(ids == best.details["id"]))
-    picture = ArchivePicture(
-        quality=quality,
-        bins=config.preset.bins,
-        lower=np.asarray(repertoire.tessellation.lower),
-        upper=np.asarray(repertoire.tessellation.upper),
-        tasks=config.tasks,
+    picture = ArchivePicture.of(
+        repertoire,
+        config.tasks,
         experts=search.expert_scores,
-        best=[float(score) for score in scores[slot]],
+        best=np.asarray(repertoire.scores)[slot],
         generations=config.generations,
     )
     plot_archives(folder.archives_picture, picture)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from cycleqd_jax.models.cache import unstack_layers
 from cycleqd_jax.models.generate import Decoder
 from cycleqd_jax.models.kernels import attach
 from cycleqd_jax.runs.policy import PopulationPolicy
@@ -35,14 +36,18 @@ class Evaluator:
         tokenizer = workspace.tokenizer
         stops = workspace.architecture.eos_ids or (tokenizer.eos_token_id,)
         self.decoder = Decoder(
-            workspace.base,
+            None,
             workspace.architecture,
             stop_tokens=stops,
             pad_token=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
             max_new_tokens=workspace.config.max_new_tokens,
         )
         self._policy = PopulationPolicy(self.decoder, tokenizer)
-        self._attach = jax.jit(attach)
+        # Layers apart, as decoding wants them, once: or else every turn of the agents would slice
+        # and copy all weights anew.
+        self._base = unstack_layers(workspace.base)
+        self._basis = unstack_layers(workspace.basis)
+        self._attach = jax.jit(_attach_layers)
 
     def population(
         self, gains: Any, problems: Problems, on_progress: Callable[[int], None] = lambda done: None
@@ -60,7 +65,7 @@ class Evaluator:
         for start in range(0, count, size):
             stop = min(start + size, count)
             part = jax.tree.map(lambda leaf, a=start, b=stop: _fill(leaf[a:b], size), gains)
-            attached = self._attach(self._workspace.base, self._workspace.basis, part)
+            attached = self._attach(self._base, self._basis, part)
             self._policy.use(attached, population=True)
             parts.append(self._play(stop - start, problems))
             on_progress(stop)
@@ -68,11 +73,17 @@ class Evaluator:
 
     def model(self, params: Any, problems: Problems) -> Rollout:
         """Play the problems with one model, given as weights."""
-        self._policy.use(params, population=False)
+        self._policy.use(unstack_layers(params), population=False)
         return self._play(1, problems)
 
     def _play(self, candidates: int, problems: Problems) -> Rollout:
         return rollout(self._workspace.tasks, problems, candidates, self._policy, self._sandbox)
+
+
+def _attach_layers(base: Any, basis: Any, gains: Any) -> Any:
+    """`attach` where the layers of base and basis are apart already."""
+    layer_first = jax.tree.map(lambda g: jnp.moveaxis(g, 1, 0), gains.layers)
+    return attach(base, basis, unstack_layers(gains.replace(layers=layer_first)))
 
 
 def _fill(leaf: Any, size: int) -> Any:

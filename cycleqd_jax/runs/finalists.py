@@ -6,13 +6,14 @@ again, on more problems, and the winner of that is the run's best model.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cycleqd_jax.merging.spectral import uniform_gains
+from cycleqd_jax.merging.spectral import gain_layout, uniform_gains
 from cycleqd_jax.progress import Progress
 from cycleqd_jax.qd.aggregation import aggregate, best_elites
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
@@ -72,8 +73,7 @@ def choose_finals(
 def choose_uniform(workspace: Workspace, evaluator: Evaluator, problems: Problems) -> Choice:
     """Pick the strongest ``θ0 + λ Σ τ_e`` over the configured λ."""
     scales = workspace.config.uniform_scales
-    one = [uniform_gains(workspace.basis, scale) for scale in scales]
-    pool = jax.tree.map(lambda *leaves: jnp.stack(leaves), *one)
+    pool = jax.vmap(partial(uniform_gains, gain_layout(workspace.basis)))(jnp.asarray(scales))
     scores = _score("uniform merges", evaluator, pool, problems)
     winner = int(np.argmax(scores.mean(axis=1)))
     return _choice(pool, scores, winner, scale=scales[winner])

@@ -16,6 +16,8 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
+from cycleqd_jax.qd.insertion import EMPTY, incumbent_quality
+from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.runs.drawing import INK, STYLE, Numbers, heading, legend, new_figure, save_picture
 
 _MARKERS = "osD^vPX"
@@ -61,6 +63,30 @@ class ArchivePicture:
         for name, values in rows.items():
             if np.shape(values) != (k,):
                 raise ValueError(f"{name}: expected {k} scores, found shape {np.shape(values)}")
+
+    @classmethod
+    def of(
+        cls,
+        repertoire: CyclicRepertoire,
+        tasks: Sequence[str],
+        *,
+        experts: Mapping[str, Numbers],
+        best: Numbers,
+        generations: int,
+    ) -> "ArchivePicture":
+        """The picture of a repertoire on a grid."""
+        grid, cells = repertoire.tessellation, np.asarray(repertoire.cells)
+        quality = np.asarray(incumbent_quality(repertoire.scores, repertoire.cells))
+        return cls(
+            quality=np.where(cells == EMPTY, np.nan, quality),
+            bins=grid.bins,
+            lower=np.asarray(grid.lower),
+            upper=np.asarray(grid.upper),
+            tasks=tasks,
+            experts=experts,
+            best=best,
+            generations=generations,
+        )
 
     def edges(self, task: int) -> np.ndarray:
         """(bins + 1,) borders of the cells on a task's axis; a range of zero width is widened."""

@@ -99,8 +99,8 @@ class Search:
                     )
 
     def _experts(self) -> Any:
-        one = [expert_gains(self._workspace.basis, e) for e in range(len(self._config.experts))]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *one)
+        number = jnp.arange(len(self._config.experts), dtype=jnp.int32)
+        return jax.vmap(partial(expert_gains, gain_layout(self._workspace.basis)))(number)
 
     def _score_experts(self, experts: Any) -> np.ndarray:
         with Progress("experts", len(self._config.experts)) as progress:

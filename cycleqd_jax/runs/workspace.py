@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from cycleqd_jax.merging.decomposition import DecompositionReport
+from cycleqd_jax.merging.decomposition import DecompositionReport, Method
 from cycleqd_jax.merging.low_rank import decompose_low_rank, join_experts
 from cycleqd_jax.merging.spectral import FLOAT32_EPS, decompose, expert_gains, materialise
 from cycleqd_jax.merging.task_vector import task_vector
@@ -84,12 +84,15 @@ def open_workspace(config: RunConfig, cache: Path | None = None) -> Workspace:
         name: load_adapter(folder, architecture) if is_adapter(folder) else load_model(folder)[1]
         for name, folder in folders.items()
     }
+    # "gram" needs float64, which a TPU does not have.
+    method: Method = "svd" if jax.default_backend() == "tpu" else "gram"
+    settings = {"rank": config.rank, "noise": FLOAT32_EPS, "method": method}
     basis, report = cached_decomposition(
         cache,
         [Path(config.base), *folders.values()],
-        {"rank": config.rank, "noise": FLOAT32_EPS, "method": "gram"},
+        settings,
         roles(architecture),
-        lambda: _decompose(config, architecture, base, experts),
+        lambda: _decompose(config, architecture, base, experts, settings),
     )
     return Workspace(
         config=config,
@@ -105,7 +108,11 @@ def open_workspace(config: RunConfig, cache: Path | None = None) -> Workspace:
 
 
 def _decompose(
-    config: RunConfig, architecture: LlamaConfig, base: Any, experts: Mapping[str, Any]
+    config: RunConfig,
+    architecture: LlamaConfig,
+    base: Any,
+    experts: Mapping[str, Any],
+    settings: Mapping[str, Any],
 ) -> tuple[Any, DecompositionReport]:
     """One basis of full experts and LoRA experts, in the order of the config."""
     names = list(experts)
@@ -115,6 +122,6 @@ def _decompose(
     parts = []
     if full:
         vectors = [task_vector(experts[name], base) for name in full]
-        parts.append(decompose(vectors, policy, config.rank, base=base))
+        parts.append(decompose(vectors, policy, base=base, **settings))
     parts += [decompose_low_rank(experts[name], policy, config.rank) for name in adapters]
     return join_experts(parts, [[*full, *adapters].index(name) for name in names])

@@ -90,7 +90,7 @@ def equal(a, b):
     return all(np.array_equal(np.asarray(x), np.asarray(y)) for x, y in pairs)
 
 
-def close(a, b, tolerance):
+def assert_close(a, b, tolerance):
     for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
         np.testing.assert_allclose(
             np.asarray(x, np.float32), np.asarray(y, np.float32), rtol=tolerance, atol=tolerance
@@ -140,7 +140,7 @@ def test_every_operator(name, dtype):
     assert equal(child, operator(KEYS[0], parent, jnp.int32(1)))
     assert equal(child, operator(KEYS[1], parent, jnp.int32(1))) == (name == "none")
     if dtype == jnp.float32:
-        close(child, case.operator(KEYS[0], parent, jnp.int32(1)), 1e-5)
+        assert_close(child, case.operator(KEYS[0], parent, jnp.int32(1)), 1e-5)
 
 
 @pytest.mark.parametrize("name", REGISTRY)
@@ -153,7 +153,7 @@ def test_vmap_equals_a_loop(name):
     one = JITTED[name]
     for i in range(4):
         alone = one(KEYS[i], parents[i], experts[i])
-        close(jax.tree.map(lambda x, i=i: x[i], together), alone, 1e-5)
+        assert_close(jax.tree.map(lambda x, i=i: x[i], together), alone, 1e-5)
 
 
 @pytest.mark.parametrize("space", ["spectral", "dense"])
@@ -163,7 +163,7 @@ def test_an_expert_is_reproduced_from_its_genotype(space, expert):
         rebuilt = materialise(BASE, BASIS, expert_gains(BASIS, expert))
     else:
         rebuilt = apply_task_vector(BASE, TAUS[expert])
-    close(rebuilt, jax.tree.map(np.add, BASE, TAUS[expert]), 1e-5)
+    assert_close(rebuilt, jax.tree.map(np.add, BASE, TAUS[expert]), 1e-5)
 
 
 @pytest.mark.parametrize("name", [n for n in REGISTRY if "svd" in n or "singular" in n])

@@ -21,7 +21,6 @@ from cycleqd_jax.merging.spectral import (
     expert_gains,
     gain_layout,
     materialise,
-    num_experts,
     uniform_gains,
     zero_gains,
 )
@@ -77,7 +76,7 @@ def test_basis_has_the_parameters_structure(family, basis):
     assert basis.layers["up"].v.shape == (3, 18, 36)
     assert basis.layers["up"].ranks == (12, 12, 12)
     assert basis.layers["scale"].delta.shape == (3, 3, 12)
-    assert num_experts(basis) == 3
+    assert gain_layout(basis).num_experts == 3
 
 
 @pytest.mark.parametrize("expert", [0, 1, 2])

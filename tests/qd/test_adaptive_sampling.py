@@ -104,6 +104,7 @@ def test_the_best_is_overestimated_far_less_for_the_same_evaluations():
     assert int(found.evidence.count.max()) > 10
 
 
+@pytest.mark.slow
 def test_without_noise_the_archives_are_those_of_plain_map_elites():
     expected, _, _ = plain(KEYS, 0.0, 40)
     found, _, _ = noisy(KEYS, 0.0, 40)

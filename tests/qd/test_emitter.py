@@ -21,6 +21,7 @@ from cycleqd_jax.merging.crossover import linear_crossover
 from cycleqd_jax.merging.expert_svd import expert_svd_mutation
 from cycleqd_jax.merging.layout import GainLayout, LeafLayout
 from cycleqd_jax.merging.mutation import gaussian_mutation, no_mutation
+from cycleqd_jax.qd import emitter as emitter_module
 from cycleqd_jax.qd import insertion
 from cycleqd_jax.qd import metrics as metrics_module
 from cycleqd_jax.qd import pool as module
@@ -29,7 +30,12 @@ from cycleqd_jax.qd.grid import make_grid
 from cycleqd_jax.qd.metrics import qd_metrics
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.qd.schedule import cycle_per_child
-from cycleqd_jax.qd.selection import EliteSelector, RandomSelector, WeightedSelector
+from cycleqd_jax.qd.selection import (
+    EliteSelector,
+    RandomSelector,
+    WeightedSelector,
+    draw_parents,
+)
 
 SIZE = 5
 
@@ -155,30 +161,44 @@ def gaussian_only(repertoire, state):
     return np.asarray(emitter.emit(repertoire, state, jax.random.key(0))[0]["x"])
 
 
-def test_no_random_key_is_used_twice():
-    """The keys that reach selector, crossover and mutation of all children differ."""
-    seen = []
+class OneByOne(RandomSelector):
+    """Has its own way to select, so it is asked once a child."""
 
-    class Recorder(WeightedSelector):
-        def weights(self, archive):
-            return jnp.ones(archive.fitnesses.shape[0])
+    def select(self, repertoire, key, num_samples):
+        return super().select(repertoire, key, num_samples)
 
-        def select(self, repertoire, key, num_samples):
-            jax.debug.callback(lambda k: seen.append(tuple(k)), jax.random.key_data(key))
-            return super().select(repertoire, key, num_samples)
+
+@pytest.mark.parametrize("selector", [RandomSelector(), OneByOne()])
+def test_no_random_key_is_used_twice(monkeypatch, selector):
+    """The keys that reach the draw of parents, crossover and mutation of all children differ."""
+    seen: list[tuple[int, ...]] = []
+
+    def record(keys):
+        jax.debug.callback(
+            lambda k: seen.extend(map(tuple, np.reshape(k, (-1, 2)))), jax.random.key_data(keys)
+        )
+
+    def recorded_draw(selector, repertoire, keys, archive):
+        record(keys)
+        return draw_parents(selector, repertoire, keys, archive)
+
+    monkeypatch.setattr(emitter_module, "draw_parents", recorded_draw)
+    compiled: Any = breed
+    compiled.clear_cache()
 
     def crossover(key, a, b):
-        jax.debug.callback(lambda k: seen.append(tuple(k)), jax.random.key_data(key))
+        record(key)
         return a
 
     def mutation(key, genotype, expert):
-        jax.debug.callback(lambda k: seen.append(tuple(k)), jax.random.key_data(key))
+        record(key)
         return genotype
 
-    emitter = emitter_of(selector=Recorder(), crossover=crossover, mutation=mutation, batch=4)
+    emitter = emitter_of(selector=selector, crossover=crossover, mutation=mutation, batch=4)
     _, repertoire, state = start(emitter)
     emitter.emit(repertoire, state, jax.random.key(0))
     jax.effects_barrier()
+    compiled.clear_cache()
     assert len(seen) == 12
     assert len(set(map(tuple, np.asarray(seen).tolist()))) == 12
 

@@ -37,7 +37,12 @@ _MODE = "NO_ENGINE_SUBSTITUTION"
 _RIGHTS = "SELECT, INSERT, UPDATE, DELETE, CREATE, DROP, ALTER, INDEX, CREATE VIEW, EXECUTE"
 # A connection that was killed, or a statement that was interrupted by a limit.
 _TOO_LONG = {1317, 1969, 2013, 3024, 1114, 1041}
+_SERVER_GONE = {2003, 1040}  # nobody listens, or not to one more
 _MARGIN_SECONDS = 15.0  # for the database to be made
+
+
+class ServerGone(ConnectionError):  # noqa: N818 (a state of the server, not a bug)
+    """The server does not take connections: that is no problem's fault, and the run must end."""
 
 
 class MySQLBackend:
@@ -62,11 +67,14 @@ class MySQLBackend:
             "user": unquote(parts.username or "root"),
             "password": unquote(parts.password or ""),
         }
-        with self.connect() as admin:
-            admin.execute("SHOW COLLATION")
-            known = {row[0] for row in admin.fetchall()}
-            admin.execute("SELECT VERSION()")
-            mariadb = "MariaDB" in str(admin.fetchone())
+        try:
+            with self.connect() as admin:
+                admin.execute("SHOW COLLATION")
+                known = {row[0] for row in admin.fetchall()}
+                admin.execute("SELECT VERSION()")
+                mariadb = "MariaDB" in str(admin.fetchone())
+        except ServerGone as error:
+            raise ValueError(str(error)) from error
         self.collation = next(
             # MariaDB lists its newest collations without their character set.
             name
@@ -117,10 +125,10 @@ class MySQLBackend:
                 sql_mode=_MODE,
             )
         except driver.err.OperationalError as error:
-            if account and error.args[0] != 2003:
+            if account and error.args[0] not in _SERVER_GONE:
                 raise OutOfLimits(f"no connection: {error}") from error
             where = f"{self._address['host']}:{self._address['port']}"
-            raise ValueError(f"no MySQL server answers at {where} ({error}): {_START}") from error
+            raise ServerGone(f"no MySQL server answers at {where} ({error}): {_START}") from error
         cursor = connection.cursor(driver.cursors.SSCursor if account else None)
         try:
             yield cursor
@@ -191,7 +199,7 @@ class MySQLSession:
                 raise OutOfLimits(str(error)) from error
             found = AgentError(int(code or 1105), str(message))
             return cut_reply(self._hide(str(found)))
-        except (RuntimeError, ValueError, UnicodeError) as error:
+        except (RuntimeError, ValueError) as error:
             # The driver's own refusals: local files, what cannot be encoded.
             return cut_reply(self._hide(str(AgentError(1105, str(error)))))
 

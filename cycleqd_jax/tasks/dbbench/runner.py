@@ -237,6 +237,11 @@ def grouped(value, places):
     return None if value is None else f"{number(value):,.{max(0, min(int(places), 30))}f}"
 
 
+def md5(value):
+    """MD5."""
+    return None if value is None else hashlib.md5(text(value).encode()).hexdigest()
+
+
 def field(value, *choices):
     """FIELD."""
     for place, choice in enumerate(choices, 1):
@@ -323,7 +328,7 @@ FUNCTIONS = (
     ("DAY", 1, part_of_date(3)),
     ("STR_TO_DATE", 2, str_to_date),
     ("NOW", 0, lambda: str(datetime.now())[:19]),
-    ("MD5", 1, lambda value: value and hashlib.md5(text(value).encode()).hexdigest()),
+    ("MD5", 1, md5),
 )
 
 # SQLite's complaints, and what MySQL says.
@@ -349,7 +354,7 @@ def complaint(error, database):
     for pattern, ours in COMPLAINTS:
         found = re.fullmatch(pattern, str(error), re.DOTALL)
         if found:
-            return ours.format(*(found.groups() or ("",)), db=database)
+            return ours.format(next(filter(None, found.groups()), ""), db=database)
     return f"1105 (HY000): {error}"
 
 

@@ -57,6 +57,8 @@ QUESTIONS = [
     ("SHOW TABLES", [("Team Players",)]),
     (f"DESCRIBE {T}", [(n, "text", "YES", "", None, "") for n in ("Name", "Club", "No of goals")]),
     (f"SELECT Name FROM {T} WHERE Name = 'nobody';", []),
+    ("SELECT MD5(''), MD5(0), MD5(NULL)",
+     [("d41d8cd98f00b204e9800998ecf8427e", "cfcd208495d565ef66e7dff9f98764da", None)]),
 ]  # fmt: skip
 
 

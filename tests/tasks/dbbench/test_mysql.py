@@ -8,7 +8,7 @@ import pytest
 from cycleqd_jax.sandbox import Sandbox
 from cycleqd_jax.tasks.base import Call, Request
 from cycleqd_jax.tasks.dbbench.errors import OutOfLimits
-from cycleqd_jax.tasks.dbbench.mysql import MySQLBackend
+from cycleqd_jax.tasks.dbbench.mysql import MySQLBackend, ServerGone
 from cycleqd_jax.tasks.dbbench.prompt import write_operation
 from cycleqd_jax.tasks.dbbench.records import Record, Table
 from cycleqd_jax.tasks.dbbench.task import DBBenchTask
@@ -106,3 +106,17 @@ def test_a_missing_driver_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
 def test_a_missing_server_says_how_to_start_one() -> None:
     with pytest.raises(ValueError, match=r"no MySQL server answers at 127.0.0.1:1 .*apt install"):
         MySQLBackend("mysql://root@127.0.0.1:1")
+
+
+def test_a_server_that_is_gone_ends_the_run_and_is_no_reply(
+    server: str, players: Table, finish: Finish
+) -> None:
+    backend = MySQLBackend(server)
+    session = backend.session(players)
+    finish(session.execute("SELECT 1"))
+    address, backend._address = backend._address, {"host": "127.0.0.1", "port": 1}
+    with pytest.raises(ServerGone, match=r"no MySQL server answers at 127.0.0.1:1"):
+        finish(session.execute("SELECT 1"))
+    backend._address = address
+    session.close()
+    backend.close()
