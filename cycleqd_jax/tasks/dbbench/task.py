@@ -1,14 +1,13 @@
 """DBBench: an agent of several turns that asks or changes a database, as in AgentBench v0.2."""
 
-import hashlib
 import os
-import random
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from cycleqd_jax.tasks.base import Ask, Episode, Message, Problem, Split
+from cycleqd_jax.tasks.benchmark import choose_problems, data_folder
 from cycleqd_jax.tasks.dbbench import prompt
 from cycleqd_jax.tasks.dbbench.backend import Backend, Session
 from cycleqd_jax.tasks.dbbench.errors import OutOfLimits
@@ -16,13 +15,6 @@ from cycleqd_jax.tasks.dbbench.records import Record, in_paper, read_records
 from cycleqd_jax.tasks.dbbench.scoring import same_answer
 
 Choice = Literal["all", "loadable", "paper"]
-
-# Of every ten problems: the record's id alone decides.
-_SPLIT_OF_DIGIT: tuple[Split, ...] = (
-    *("search",) * 4,
-    *("validation",) * 2,
-    *("test",) * 4,
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +63,7 @@ class DBBenchTask:
         Raises:
             ValueError: the split has fewer problems, or there is no such split.
         """
-        found = [p for p in self._problems.values() if split_of_id(p.record.id) == split]
-        if len(found) < count:
-            raise ValueError(
-                f"expected {count} problems in split {split!r} of {self.name}, found {len(found)} "
-                f"of {len(self.records)}: ask for fewer (splits: search, validation, test)"
-            )
-        return random.Random(f"{self.name}/{split}/{seed}").sample(found, count)
+        return choose_problems(self.name, self._problems.values(), split, count, seed)
 
     def every_problem(self) -> list[DBBenchProblem]:
         """All problems of all splits, in the order of the files."""
@@ -125,18 +111,13 @@ def make_problem(record: Record) -> DBBenchProblem:
     return DBBenchProblem(
         prompt=record.question,
         answers=answers,
-        solution=record.id,
+        # A table that several questions are about stays in one split.
+        solution=record.table.name.lower(),
         observations=observations,
         document=f"{record.question}\n{', '.join(record.labels)}",
         kind=record.kind,
         record=record,
     )
-
-
-def split_of_id(record_id: str) -> Split:
-    """The split of a record, whatever else is in the files."""
-    digest = hashlib.blake2b(record_id.encode(), digest_size=8).digest()
-    return _SPLIT_OF_DIGIT[int.from_bytes(digest) % len(_SPLIT_OF_DIGIT)]
 
 
 def open_dbbench(
@@ -173,13 +154,11 @@ def dbbench_from_environment(choice: Choice = "all") -> DBBenchTask:
     Raises:
         ValueError: see `open_dbbench`, or ``$CYCLEQD_DATA`` is not set.
     """
-    data = os.environ.get("CYCLEQD_DATA")
-    if not data:
-        raise ValueError(
-            "task dbbench: set CYCLEQD_DATA to a folder that holds agentbench/dbbench/"
-            "standard.jsonl and dev.jsonl (the files of AgentBench v0.2's data/dbbench)"
-        )
-    folder = Path(data) / "agentbench" / "dbbench"
+    folder = data_folder(
+        "dbbench",
+        "agentbench/dbbench",
+        "standard.jsonl and dev.jsonl (the files of AgentBench v0.2's data/dbbench)",
+    )
     return open_dbbench(folder, choice=choice, database=os.environ.get("CYCLEQD_DB") or None)
 
 

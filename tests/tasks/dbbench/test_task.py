@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -137,9 +138,12 @@ def test_equal_statements_run_once(asked: Record, sandbox: Sandbox) -> None:
     assert (memo.misses, memo.hits) == (1, 3)
 
 
-def test_splits_are_disjoint_and_depend_on_the_id_alone(players: Table) -> None:
+def test_splits_are_disjoint_and_a_table_is_in_one_of_them(players: Table) -> None:
+    # 40 tables; every second is asked about twice, under a name in another case.
+    names = [f"Table {i}" for i in range(40)] + [f"TABLE {i}" for i in range(0, 40, 2)]
     records = tuple(
-        Record(f"standard/{i}", i, "other", f"Q{i}", players, ("x",)) for i in range(60)
+        Record(f"standard/{i}", i, "other", f"Q{i}", replace(players, name=name), ("x",))
+        for i, name in enumerate(names)
     )
     task, less = (DBBenchTask(r, SQLiteBackend()) for r in (records, records[::2]))
     seen: dict[str, Split] = {}
@@ -152,6 +156,10 @@ def test_splits_are_disjoint_and_depend_on_the_id_alone(players: Table) -> None:
         for problem in less.problems(split, _size(less, split)):
             assert seen[problem.record.id] == split
     assert len(seen) == 60
+    of_table: dict[str, set[Split]] = {}
+    for number, name in enumerate(names):
+        of_table.setdefault(name.lower(), set()).add(seen[f"standard/{number}"])
+    assert all(len(splits) == 1 for splits in of_table.values())
     assert task.problems("search", 5, seed=1) != task.problems("search", 5, seed=2)
     with pytest.raises(
         ValueError, match="expected 1 problems in split 'train' of dbbench, found 0"

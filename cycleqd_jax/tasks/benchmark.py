@@ -1,0 +1,69 @@
+"""What public benchmarks share: files of the user's, and splits by what is stable in them."""
+
+import hashlib
+import os
+import random
+from collections.abc import Iterable
+from pathlib import Path
+
+from cycleqd_jax.tasks.base import P, Split
+
+# Of every ten problems; a public benchmark trains nobody here.
+_SPLIT_OF_DIGIT: tuple[Split, ...] = (
+    *("search",) * 4,
+    *("validation",) * 2,
+    *("test",) * 4,
+)
+
+
+def split_of_group(group: str) -> Split:
+    """The split of all problems of one group, whatever else is in the files.
+
+    Args:
+        group: a problem's id, or what it shares with others that must not be told apart: the
+            split would leak through a table, a set-up or a solution that two problems have.
+    """
+    digest = hashlib.blake2b(group.encode(), digest_size=8).digest()
+    return _SPLIT_OF_DIGIT[int.from_bytes(digest) % len(_SPLIT_OF_DIGIT)]
+
+
+def choose_problems(
+    name: str, problems: Iterable[P], split: Split, count: int, seed: int
+) -> list[P]:
+    """Choose ``count`` problems of one split; the same seed chooses the same ones.
+
+    Args:
+        name: the task's, for the draw and for errors.
+        problems: all there are; `Problem.solution` is the group that decides the split.
+        split: "search", "validation" or "test".
+        count: how many distinct problems.
+        seed: of the draw.
+
+    Raises:
+        ValueError: the split has fewer problems, or there is no such split.
+    """
+    everything = list(problems)
+    found = [problem for problem in everything if split_of_group(problem.solution) == split]
+    if len(found) < count:
+        raise ValueError(
+            f"expected {count} problems in split {split!r} of {name}, found {len(found)} "
+            f"of {len(everything)}: ask for fewer (splits: search, validation, test)"
+        )
+    return random.Random(f"{name}/{split}/{seed}").sample(found, count)
+
+
+def data_folder(task: str, folder: str, files: str) -> Path:
+    """The folder of a benchmark's files below ``$CYCLEQD_DATA``.
+
+    Args:
+        task: who asks, for the error.
+        folder: below ``$CYCLEQD_DATA``, such as ``agentbench/dbbench``.
+        files: what the user has to put there and where it is from, for the error.
+
+    Raises:
+        ValueError: ``$CYCLEQD_DATA`` is not set.
+    """
+    data = os.environ.get("CYCLEQD_DATA")
+    if not data:
+        raise ValueError(f"task {task}: set CYCLEQD_DATA to a folder that holds {folder}/{files}")
+    return Path(data) / folder
