@@ -95,10 +95,12 @@ HOSTILE = (
     ("python", "import builtins, fcntl, json, sys\nbuiltins.print = json.dumps = None\n"
      "sys.path.clear()\nfcntl.fcntl(0, fcntl.F_SETFL, 2048)\nopen('/proc/self/autogroup', 'w')",
      "error"),
-    ("bash", "ln -s / up; ln -s up/etc/passwd p; mkfifo q; cat p; chmod 0 .; rm -rf /usr", "error"),
+    ("bash",
+     "ln -s / up; ln -s up/etc/passwd p; mkfifo q; cat p; chmod 0 .; rm -rf /usr/bin 2> /dev/null",
+     "error"),
     ("bash", "unshare -r true || mount -t tmpfs t /tmp || umount -l /proc", "error"),
     ("python", "import os\nos.execv('/bin/true', ['x' * 100000] * 1000)", "error"),
-    ("python", "eval('(' * 100000)", "error"),
+    ("python", "eval('(' * 30000)", "error"),
 )  # fmt: skip
 
 
@@ -133,7 +135,9 @@ def main() -> None:
         print(f"  ended   {row['ended']}")
         for name, (first, last) in row["traces"].items():
             print(f"  {name:20s} {first:10.1f} -> {last:10.1f}")
-        print(f"  judged wrong: {row['wrong'] or 'none'}; left behind: {row['left'] or 'nothing'}")
+        print(f"  judged wrong: {len(row['wrong'])}; left behind: {row['left'] or 'nothing'}")
+        for line in row["wrong"][:5]:
+            print(f"    {line}")
     write_rows(options.json, rows)
     sys.exit(any(row["ours"] for row in rows))
 
@@ -210,7 +214,7 @@ def traces() -> Traces:
     """Count what this process and all below it hold."""
     gc.collect()
     workers = below(os.getpid())
-    mounts = [count_lines(pid, "mountinfo") for pid in ("self", *workers)]
+    mounts = [count_lines(pid, "mountinfo") for pid in (os.getpid(), *workers)]
     return Traces(
         processes=len(workers),
         descriptors=count_descriptors("self"),

@@ -17,7 +17,7 @@ OUTSIDE = ["/", "/etc", "/etc/passwd", "/home", "/usr", "/usr/bin", "/usr/lib", 
 # Generous where a test waits for success, tight where it waits for a limit.
 ROOMY = Limits(seconds=20.0, memory_mb=256, processes=16, file_mb=8, output_kb=64)
 # Where the clock is what ends most programs.
-HASTY = Limits(seconds=1.0, memory_mb=128, processes=12, file_mb=4, output_kb=64)
+HASTY = Limits(seconds=0.6, memory_mb=128, processes=12, file_mb=4, output_kb=64)
 TIGHT = Limits(seconds=2.0, memory_mb=128, processes=12, file_mb=4, output_kb=64)
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from cycleqd_jax.sandbox import Job
+from cycleqd_jax.sandbox import Job, Outcome
 
 # (name, source, how it may end): more than its share of something that is counted
 GREEDY = [
@@ -120,7 +120,7 @@ FORBIDDEN = [
     "greedy", [GREEDY, pytest.param(SLOW_GREEDY, marks=pytest.mark.slow)], ids=["quick", "slow"]
 )
 def test_greedy_programs_end_within_their_limits(greedy, tight, roomy, untouched):
-    outcomes = {}
+    outcomes: dict[str, Outcome] = {}
     with untouched():
         # What must run into another limit than time gets time enough to do so on a busy machine.
         for sandbox, timed in ((tight, True), (roomy, False)):

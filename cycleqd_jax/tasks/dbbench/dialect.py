@@ -44,7 +44,7 @@ _ARITHMETIC = (exp.Add, exp.Sub, exp.Mul, exp.Div, exp.Mod, exp.IntDiv)
 _RENAMED: dict[type, str] = {exp.Left: "my_left", exp.Right: "my_right", exp.Rand: "my_rand"}
 
 
-class _Parser(MySQL.Parser):
+class _Parser(MySQL.Parser):  # type: ignore[misc, valid-type]
     """MySQL's parser, which gives up; in search of the ON of a JOIN it would try every subset."""
 
     _moves = 0

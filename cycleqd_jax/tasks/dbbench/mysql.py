@@ -285,7 +285,7 @@ def _bounded_connection() -> Any:
     """The driver's connection, for a server that may send only so much: it reads rows whole."""
     driver = _driver()
 
-    class Bounded(driver.connections.Connection):  # type: ignore[misc, name-defined]
+    class Bounded(driver.connections.Connection):  # type: ignore[name-defined]
         left = _MAX_ANSWER
 
         def _read_bytes(self, num_bytes: int) -> bytes:
