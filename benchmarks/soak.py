@@ -129,7 +129,10 @@ def main() -> None:
     parser.add_argument("--round", type=int, default=250)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    rows = [soak(name, options.programs // len(BACKENDS), options) for name in BACKENDS]
+    with tempfile.TemporaryDirectory() as folder:
+        # A folder that nobody else on this machine writes to.
+        tempfile.tempdir = folder
+        rows = [soak(name, options.programs // len(BACKENDS), options) for name in BACKENDS]
     for row in rows:
         print(f"\n{row['row']}: {row['programs']} programs, {row['rate']:.0f}/s")
         print(f"  ended   {row['ended']}")

@@ -160,3 +160,8 @@ def test_escapes_of_a_terminal_arrive_as_text(roomy, capfd):
     text = "\x1b]0;title\x07\x1b[2J\x1b[8mhidden\r\b\ufffd31m\0end"
     assert (outcome[0].stdout, outcome[1].stderr) == (text, text)
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_directory_that_was_shut_is_still_read(roomy):
+    outcome = roomy.run([Job("bash", "echo x > f; chmod 0 f .", snapshot=True)])[0]
+    assert (outcome.status, outcome.files) == ("ok", {"f": "x\n"})
