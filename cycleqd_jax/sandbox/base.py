@@ -23,7 +23,7 @@ class Limits:
 
     seconds: wall-clock time; also CPU time of each process, rounded up to a whole second.
     memory_mb: address space of each process (beyond the bare interpreter's), and resident memory
-        of all its processes together (looked at every 20 ms).
+        of all its processes together with what their sockets can hold (looked at every 20 ms).
     processes: processes and threads alive at once, the program itself included.
     file_mb: its whole private directory and /tmp, with the job's own files and stdin; hence also
         the largest file.
