@@ -1,4 +1,4 @@
-"""The transcripts of a run: a JSONL file a rollout, in the format of `cycleqd_jax.tasks.transcript`."""
+"""The transcripts of a run: a JSONL file a rollout; `cycleqd_jax.tasks.transcript` is the format."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
