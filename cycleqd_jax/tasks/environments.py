@@ -69,22 +69,23 @@ class Environments(Generic[W]):
         self._callers = callers
         self._ended: SimpleQueue[Finished[W]] = SimpleQueue()
         self._lock = threading.Lock()  # of what follows: threads take their next call themselves
-        self._queue: deque[Started[W]] = deque()
+        self._queue: deque[tuple[Started[W], Call]] = deque()
         self._made: dict[_Made[W], float] = {}
 
     def start(self, steps: Iterable[Started[W]]) -> None:
         """Begin steps, programs as one batch; returns at once."""
-        programs = []
+        programs, jobs = [], []
         for started in steps:
-            if isinstance(started.step, Call):
-                with self._lock:
-                    self._queue.append(started)
-                    self._engage()
-            else:
+            if isinstance(started.step, Run):
                 programs.append(started)
+                jobs.append(started.step.job)
+                continue
+            with self._lock:
+                self._queue.append((started, started.step))
+                self._engage()
         if not programs:
             return
-        futures = submit(self._sandbox, [p.step.job for p in programs])
+        futures = submit(self._sandbox, jobs)
         for started, future in zip(programs, futures, strict=True):
             future.add_done_callback(partial(self._has_run, started))
 
@@ -134,7 +135,7 @@ class Environments(Generic[W]):
             threading.Thread(target=self._make, args=(made,), name="call", daemon=True).start()
 
     def _begin(self) -> "_Made[W]":
-        made = _Made(self._queue.popleft(), time.monotonic())
+        made = _Made(*self._queue.popleft(), time.monotonic())
         self._made[made] = made.begun + made.limit
         return made
 
@@ -142,7 +143,7 @@ class Environments(Generic[W]):
         while made is not None:
             answer, error = None, None
             try:
-                answer = made.started.step.function()
+                answer = made.call.function()
             except Exception as raised:
                 error = raised
             seconds = time.monotonic() - made.begun
@@ -172,16 +173,17 @@ class Environments(Generic[W]):
 class _Made(Generic[W]):
     """A call that a thread has taken up."""
 
-    def __init__(self, started: Started[W], begun: float) -> None:
+    def __init__(self, started: Started[W], call: Call, begun: float) -> None:
         self.started = started
+        self.call = call
         self.begun = begun
-        self.limit = min(started.step.seconds, started.allowed)
+        self.limit = min(call.seconds, started.allowed)
 
     def end(self, seconds: float, answer: Any, error: Exception | None) -> Finished[W]:
         """What became of it after so many seconds."""
-        who, step, allowed = self.started.who, self.started.step, self.started.allowed
+        who, step = self.started.who, self.call
         if seconds < self.limit:
             return Finished(who, step, answer, error, seconds, late=False)
-        late = allowed <= step.seconds
+        late = self.started.allowed <= step.seconds
         told = None if late else TimeoutError(f"a call took more than {step.seconds:g} s")
         return Finished(who, step, None, told, self.limit, late)
