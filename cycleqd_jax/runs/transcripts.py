@@ -1,4 +1,4 @@
-"""The transcripts of a run: a JSONL file a rollout; `cycleqd_jax.tasks.transcript` is the format."""
+"""The transcripts of a run: a JSONL file a rollout (format: `cycleqd_jax.tasks.transcript`)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -37,6 +37,7 @@ def workspace(config: RunConfig) -> Workspace:
     return open_workspace(replace(config, temperature=0.8, repeats=3))
 
 
+@pytest.mark.slow
 def test_transformers_and_our_engine_give_the_same_transcripts(
     family: Family, sandbox: Sandbox
 ) -> None:
@@ -75,6 +76,7 @@ def test_transformers_and_our_engine_give_the_same_transcripts(
     assert one == again != other
 
 
+@pytest.mark.slow
 def test_attempts_at_a_temperature_differ_and_can_be_repeated(
     workspace: Workspace, sandbox: Sandbox, tmp_path: Path
 ) -> None:

@@ -39,7 +39,10 @@ class Talk:
         ]
 
     def episode(self, problem: Problem) -> Episode:
-        history = (Message("system", "Speak."), Message("user", problem.prompt))
+        history: tuple[Message, ...] = (
+            Message("system", "Speak."),
+            Message("user", problem.prompt),
+        )
         text = yield Ask(history)
         outcome = yield Run(Job("bash", text))
         history += (Message("assistant", text), Message("user", outcome.stdout))

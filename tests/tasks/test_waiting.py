@@ -218,7 +218,7 @@ def test_an_error_costs_its_episode_the_score_and_is_kept() -> None:
     def turns(problem: Problem) -> Episode:
         text = yield ask(problem.prompt)
         if problem.prompt == "1":
-            yield Call(lambda: {}["key"], 1.0)
+            yield Call(lambda: int("x"), 1.0)
         return float(problem.prompt == "0" or text)
 
     task = Played(turns)
@@ -226,7 +226,7 @@ def test_an_error_costs_its_episode_the_score_and_is_kept() -> None:
     np.testing.assert_array_equal(played.solved["played"], [[1, 0, 0]])
     assert (played.failed, played.late, played.unplayable) == ({"played": 2}, {"played": 0}, [])
     call, number = sorted(played.errors)
-    assert call.startswith("task 'played', problem 1 ('1'): KeyError: 'key' (")
+    assert call.startswith("task 'played', problem 1 ('1'): ValueError: invalid literal for int()")
     assert number.startswith("task 'played', problem 2 ('2'): ValueError: could not convert string")
     assert __file__ in number
     assert sorted(task.closed) == ["0", "1", "2"]
