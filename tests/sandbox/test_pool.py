@@ -168,7 +168,6 @@ def test_what_is_cancelled_before_its_turn_is_not_run(backend):
     with open_sandbox(backend, workers=1) as sandbox:
         futures = sandbox.submit([Job("python", "import time; time.sleep(0.3)")] * 6)
         assert futures[-1].cancel()
-        started = time.monotonic()
         assert sandbox.run([Job("bash", "echo 1")])[0].stdout == "1\n"
         assert all(future.done() for future in futures)
 
