@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from cycleqd_jax.models.sampling import Sampling
 from cycleqd_jax.qd.presets import DEFAULT, Preset
+from cycleqd_jax.tasks.rollout import TimeLimits
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,10 @@ class RunConfig:
         preset: crossover, mutation, selection, grid, schedule and aggregation.
         uniform_scales: the λ that are tried for the uniform merge.
         max_new_tokens: the longest answer.
+        temperature: of the models' words; 0 takes the likeliest.
+        repeats: attempts at every problem, for tasks and temperatures that leave room for chance.
+        step_seconds: what one program or call of an environment may take.
+        episode_seconds: what the environment may take in all of an episode.
         checkpoint_every: generations between two checkpoints.
         sandbox: ``auto``, ``bubblewrap`` or ``unshare``.
 
@@ -51,6 +57,10 @@ class RunConfig:
         default=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
     )
     max_new_tokens: int = 48
+    temperature: float | int = 0.0
+    repeats: int = 1
+    step_seconds: float | int = 60.0
+    episode_seconds: float | int = 600.0
     checkpoint_every: int = 10
     sandbox: str = "auto"
 
@@ -69,10 +79,13 @@ class RunConfig:
             "test_problems",
             "difficulty",
             "max_new_tokens",
+            "repeats",
             "checkpoint_every",
         ]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        Sampling(temperature=self.temperature)
+        TimeLimits(step=self.step_seconds, episode=self.episode_seconds)
         # The parts check their numbers when they are built, which is hours later for big models.
         for name, least in (("crossover_std", 0), ("mutation_strength", 0), ("bins", 1)):
             found = getattr(self.preset, name)

@@ -52,6 +52,7 @@ def evolve(
     out: Path,
     *,
     train_seconds: float = 0.0,
+    transcripts: bool = False,
     command: str = "",
     cache: Path | None = None,
     console: Console | None = None,
@@ -65,6 +66,7 @@ def evolve(
         config: what to run.
         out: the run's folder, new or of the same config.
         train_seconds: what making the experts took, for the summary.
+        transcripts: write what happened in every episode to ``out/transcripts``.
         command: what reproduces the run, for the model cards.
         cache: folder where decompositions are kept from run to run; None keeps none.
         console: where tables go; by default the terminal's.
@@ -91,13 +93,14 @@ def evolve(
         final = workspace.problems("search", config.final_problems, config.seed + _FINAL_SEED)
         test = workspace.problems("test", config.test_problems, config.seed)
         with MemoSandbox(open_sandbox(config.sandbox)) as sandbox:
-            evaluator = Evaluator(workspace, sandbox)
+            written = folder.path / "transcripts" if transcripts else None
+            evaluator = Evaluator(workspace, sandbox, written)
             search = Search(workspace, evaluator, folder)
             search.run()
             finals = choose_finals(workspace, evaluator, search.repertoire, final)
             uniform = choose_uniform(workspace, evaluator, final)
             clock.lap("evolve")
-            scores = _test(workspace, evaluator, finals, uniform, test, folder, command)
+            scores, noise = _test(workspace, evaluator, finals, uniform, test, folder, command)
         _draw(workspace, search, folder, finals.best)
         clock.lap("test")
         metrics = search.metrics()
@@ -105,6 +108,7 @@ def evolve(
             tasks=config.tasks,
             split="test",
             models=scores,
+            standard_errors=noise if config.repeats > 1 else None,
             generations=config.generations,
             evaluations=search.evaluations,
             coverage=[float(x) for x in metrics["coverage"]],
@@ -134,8 +138,11 @@ def _test(
     problems: Problems,
     folder: RunFolder,
     command: str,
-) -> dict[str, dict[str, float]]:
-    """Score the table's models, one in memory at a time, and write the two that are put forward."""
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Score the table's models, one in memory at a time, and write the two that are put forward.
+
+    Returns the scores of every model and their standard errors.
+    """
     chosen = {
         "merge/uniform": uniform,
         "cycleqd/best": finals.best,
@@ -150,17 +157,19 @@ def _test(
     models: dict[str, Callable[[], Any]] = {"base": lambda: workspace.base}
     models |= {f"expert/{e}": partial(workspace.expert_params, e) for e in workspace.experts}
     models |= {name: partial(made, choice) for name, choice in chosen.items()}
-    scores = {}
+    scores, noise = {}, {}
     with Progress("test", len(models)) as progress:
         for name, make in models.items():
             params = make()
-            row = evaluator.model(params, problems).scores[0]
+            played = evaluator.model(params, problems, phase=f"test-{name}")
+            row, errors = played.scores[0], played.standard_errors[0]
+            noise[name] = dict(zip(workspace.config.tasks, map(float, errors), strict=True))
             scores[name] = dict(zip(workspace.config.tasks, map(float, row), strict=True))
             if name in targets:
                 target, choice = targets[name], chosen[name]
                 _export(workspace, target, name, params, choice, scores[name], command)
             progress.advance(note=f"{name} {row.mean():.3f}")
-    return scores
+    return scores, noise
 
 
 def _export(
@@ -211,6 +220,6 @@ def _ranks(workspace: Workspace) -> str:
 
 def _show(console: Console, result: Mapping[str, Any], folder: RunFolder) -> None:
     models, tasks = result["models"], result["tasks"]
-    console.print(results_table(models, tasks))
+    console.print(results_table(models, tasks, errors=result.get("standard_errors")))
     console.print(f"archives: {folder.archives_picture}   curves: {folder.curves_picture}")
     console.print(f"best model: {folder.best}", soft_wrap=True)

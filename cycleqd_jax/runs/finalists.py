@@ -82,7 +82,7 @@ def choose_uniform(workspace: Workspace, evaluator: Evaluator, problems: Problem
 def _score(name: str, evaluator: Evaluator, pool: Any, problems: Problems) -> np.ndarray:
     with Progress(name, jax.tree.leaves(pool)[0].shape[0]) as progress:
         return evaluator.population(
-            pool, problems, lambda done: progress.advance(done - progress.completed)
+            pool, problems, lambda done: progress.advance(done - progress.completed), phase=name
         ).scores
 
 

@@ -108,6 +108,7 @@ class Search:
                 experts,
                 self._problems,
                 lambda done: progress.advance(done - progress.completed),
+                phase="experts",
             ).scores
         self.expert_scores = {
             name: [float(score) for score in row]
@@ -144,7 +145,8 @@ class Search:
         parents = np.asarray(self.repertoire.extra_scores["id"])[np.asarray(info["parents"])]
         emitted = time.perf_counter()
         tokens = self._evaluator.decoder.stats.generated_tokens
-        played = self._evaluator.population(children, self._problems)
+        phase = f"generation-{generation:06d}"
+        played = self._evaluator.population(children, self._problems, phase=phase)
         tokens = self._evaluator.decoder.stats.generated_tokens - tokens
         scored = time.perf_counter()
         count = self._config.children

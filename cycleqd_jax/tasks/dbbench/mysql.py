@@ -16,7 +16,7 @@ from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from cycleqd_jax.tasks.base import Call
+from cycleqd_jax.tasks.base import Call, ServiceGone
 from cycleqd_jax.tasks.dbbench.backend import Steps
 from cycleqd_jax.tasks.dbbench.errors import AgentError, OutOfLimits, syntax_error
 from cycleqd_jax.tasks.dbbench.prompt import cut_reply
@@ -59,7 +59,7 @@ _SERVER_GONE = {2003, 1040}  # nobody listens, or not to one more
 _MARGIN_SECONDS = 15.0  # for the database to be made
 
 
-class ServerGone(ConnectionError):  # noqa: N818 (a state of the server, not a bug)
+class ServerGone(ServiceGone):
     """The server does not take connections: that is no problem's fault, and the run must end."""
 
 
