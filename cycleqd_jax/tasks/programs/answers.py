@@ -35,6 +35,18 @@ def find_program(text: str, function: str, stub: str = "") -> str:
     return text
 
 
+def parse(program: str) -> ast.Module:
+    """Its syntax tree, without Python's warnings about it.
+
+    Raises:
+        SyntaxError, ValueError, MemoryError, RecursionError: it is none, or too deep.
+    """
+    with warnings.catch_warnings():
+        # Odd escapes in somebody's program are no concern of whoever runs us.
+        warnings.simplefilter("ignore")
+        return ast.parse(program)
+
+
 def defines(program: str, function: str) -> bool:
     """Whether the function's name is bound at the program's top level."""
     tree = _parse(program)
@@ -44,11 +56,17 @@ def defines(program: str, function: str) -> bool:
                 return True
         elif isinstance(node, ast.Assign | ast.AnnAssign | ast.If | ast.Try | ast.ImportFrom):
             for part in ast.walk(node):
-                named = getattr(part, "name", None) or getattr(part, "asname", None)
-                if named == function or (isinstance(part, ast.Name) and part.id == function
-                                         and isinstance(part.ctx, ast.Store)):  # fmt: skip
+                if function == _bound_name(part):
                     return True
     return False
+
+
+def _bound_name(node: ast.AST) -> str | None:
+    if isinstance(node, ast.alias):
+        return node.asname or node.name
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return node.name
+    return node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else None
 
 
 def _readings(text: str, stub: str) -> Iterator[str]:
@@ -69,7 +87,7 @@ def _longest_program(code: str) -> str | None:
     lines = code.split("\n")
     for _ in range(_MOST_CUTS):
         try:
-            _compile("\n".join(lines))
+            parse("\n".join(lines))
             return "\n".join(lines)
         except SyntaxError as error:
             keep = min((error.lineno or 1) - 1, len(lines) - 1)
@@ -103,13 +121,6 @@ def _is_main_block(node: ast.stmt) -> bool:
 
 def _parse(program: str) -> ast.Module | None:
     try:
-        return _compile(program)
+        return parse(program)
     except (SyntaxError, ValueError, MemoryError, RecursionError):
         return None
-
-
-def _compile(program: str) -> ast.Module:
-    with warnings.catch_warnings():
-        # A model's odd escapes are no concern of whoever runs us.
-        warnings.simplefilter("ignore")
-        return ast.parse(program)

@@ -8,7 +8,7 @@ claimed some results.
 """
 
 import json
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,15 +18,17 @@ from cycleqd_jax.sandbox.base import Job, Limits, Outcome, Sandbox
 from cycleqd_jax.tasks.base import Run
 from cycleqd_jax.tasks.programs.answers import defines, find_program
 from cycleqd_jax.tasks.programs.oracles import first_wrong
-from cycleqd_jax.tasks.programs.records import Inputs, Record, Tests
-from cycleqd_jax.tasks.programs.runner import decode
+from cycleqd_jax.tasks.programs.records import Inputs, Record, Statements
+from cycleqd_jax.tasks.programs.runner import LARGE, decode
 
 # EvalPlus allows a program 60 s and 4 GB. A call that is too slow ends itself much earlier.
-LIMITS = Limits(seconds=60, memory_mb=4096, output_kb=4096)
+LIMITS = Limits(seconds=60.0, memory_mb=4096, output_kb=4096)
 _CALL_SECONDS, _SLOWER = 1.0, 4.0  # EvalPlus: at least this long, or this many times the reference
 _TEST_SECONDS = 3.0  # HumanEval's time-out
 _MORE_SECONDS = 10.0  # for all calls, beside their multiple of the reference's time
 
+# The longest line the runner writes: a result that is not yet a digest.
+_MAX_LINE = 4 * LARGE + 100
 _MALFORMED = (ValueError, TypeError, LookupError, ArithmeticError, RecursionError)
 
 
@@ -121,7 +123,7 @@ def judge_all(
 def program_of(record: Record, answer: str) -> str:
     """The whole program that an answer stands for."""
     program = find_program(answer, record.function, record.stub)
-    if isinstance(record.tests, Tests) and record.stub and defines(program, record.function):
+    if isinstance(record.tests, Statements) and record.stub and defines(program, record.function):
         # HumanEval's own harness runs every answer after the prompt, with its imports and helpers.
         return f"{record.stub}\n    pass\n\n{program}"
     return program
@@ -131,7 +133,7 @@ def call_job(
     record: Record, program: str, calls: Sequence[Any], limits: Sequence[float], total: float
 ) -> Job:
     """Run a program and make these calls; `read_calls` understands its outcome."""
-    setup = record.tests.setup if isinstance(record.tests, Tests) else ""
+    setup = record.tests.setup if isinstance(record.tests, Statements) else ""
     return _job("call", record, program=program, setup=setup, calls=calls, limits=limits,
                 total=total)  # fmt: skip
 
@@ -150,7 +152,7 @@ def read_calls(outcome: Outcome, count: int) -> tuple[list[dict[str, Any]], str]
     found: list[dict[str, Any]] = []
     for line in outcome.stdout.split("\n")[:count]:
         try:
-            result = json.loads(line)
+            result = json.loads(line) if len(line) <= _MAX_LINE else None
         except (ValueError, RecursionError):
             break
         if not isinstance(result, dict) or "value" not in result:
@@ -186,25 +188,27 @@ def _run(record: Record, suite: Suite, program: str) -> Generator[Run, Outcome, 
 def _compare(record: Record, suite: Suite, values: list[Any]) -> str:
     assert isinstance(record.tests, Inputs)
     assert suite.expected is not None
-    found = []
-    for value in values:
-        try:
-            found.append(decode(value))
-        except _MALFORMED:
-            break
     wrong = first_wrong(
         record.family,
         record.function,
         record.tests.tolerance,
         [decode(call) for call in suite.calls],
         [decode(value) for value in suite.expected],
-        found,
+        _decoded(values),
     )
     return "" if wrong is None else f"call {wrong + 1}: wrong result"
 
 
+def _decoded(values: Iterable[Any]) -> Iterator[Any]:
+    for value in values:
+        try:
+            yield decode(value)
+        except _MALFORMED:
+            return
+
+
 def _statements(record: Record) -> dict[str, str]:
-    assert isinstance(record.tests, Tests)
+    assert isinstance(record.tests, Statements)
     return {"tests": record.tests.source, "setup": record.tests.setup}
 
 

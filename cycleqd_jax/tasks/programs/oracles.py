@@ -5,7 +5,7 @@ tolerance for floats, and the problems where another answer is right as well.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -31,7 +31,7 @@ def first_wrong(
     tolerance: float,
     calls: Sequence[tuple[Any, ...]],
     expected: Sequence[Any],
-    found: Sequence[Any],
+    found: Iterable[Any],
 ) -> int | None:
     """Index of the first result that is not right, None when all are.
 
@@ -41,9 +41,10 @@ def first_wrong(
         tolerance: the problem's absolute one; 0 means exact, but for floats.
         calls: arguments of each call.
         expected: the reference solution's results.
-        found: the judged program's; fewer than expected are wrong from there on.
+        found: the judged program's, taken one by one up to the first that is wrong; fewer than
+            expected are wrong from there on.
     """
-    judged = _judge(family, function, tolerance, calls, expected, found)
+    judged = _judge(family, function, tolerance, calls, expected, iter(found))
     return next((index for index, right in enumerate(judged) if not right), None)
 
 
@@ -53,13 +54,14 @@ def _judge(
     tolerance: float,
     calls: Sequence[tuple[Any, ...]],
     expected: Sequence[Any],
-    found: Sequence[Any],
+    found: Iterator[Any],
 ) -> Iterator[bool]:
-    for index, (arguments, want) in enumerate(zip(calls, expected, strict=True)):
-        if index >= len(found):
+    for arguments, want in zip(calls, expected, strict=True):
+        try:
+            got = next(found)
+        except StopIteration:
             yield False
             return
-        got = found[index]
         try:
             if family == "humaneval" and function == "find_zero":
                 yield abs(polynomial(arguments[0], got)) <= tolerance
@@ -113,7 +115,7 @@ def _close(want: Any, got: Any, tolerance: float) -> bool:
         return bool(np.allclose(got, want, rtol=_RELATIVE_TOLERANCE, atol=tolerance))
 
 
-def surface_area(base_edge: float, height: float) -> int:
+def surface_area(base_edge: float | int, height: float | int) -> int:
     """Of a square pyramid whose height is that of its apex, rounded (Mbpp/581)."""
     slant_height = math.sqrt((base_edge / 2) ** 2 + height**2)
     return round(base_edge**2 + 2 * base_edge * slant_height)
@@ -126,6 +128,6 @@ def digit_distance(one: int, other: int) -> int:
     return sum(abs(int(a) - int(b)) for a, b in pairs)
 
 
-def polynomial(coefficients: Sequence[float], x: Any) -> float:
+def polynomial(coefficients: Sequence[float | int], x: Any) -> float | int:
     """Value at x, the constant first (HumanEval/32)."""
     return sum(c * math.pow(x, power) for power, c in enumerate(coefficients))

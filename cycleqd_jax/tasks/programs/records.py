@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from cycleqd_jax.tasks.programs.answers import parse
 from cycleqd_jax.tasks.programs.oracles import Family
 from cycleqd_jax.tasks.programs.restore import restore
 from cycleqd_jax.tasks.programs.runner import encode
@@ -34,7 +35,7 @@ _OFFICIAL: dict[OfficialSplit, tuple[int, int]] = {
 
 
 @dataclass(frozen=True)
-class Tests:
+class Statements:
     """Statements that raise when the function is wrong.
 
     Attributes:
@@ -87,7 +88,7 @@ class Record:
     function: str
     stub: str
     reference: str
-    tests: Tests | Inputs
+    tests: Statements | Inputs
     split: OfficialSplit | None = None
 
 
@@ -190,7 +191,7 @@ def _mbpp_record(raw: Any, text: str, setup: str) -> Record:
         function=function,
         stub="",
         reference=reference,
-        tests=Tests("\n".join(tests), _unix(setup), _calls(function, tests)),
+        tests=Statements("\n".join(tests), _unix(setup), _calls(function, tests)),
         split=split,
     )
 
@@ -212,14 +213,14 @@ def _mbpp_plus(raw: Any) -> Record:
 
 def _humaneval(raw: Any) -> Record:
     function = _field(raw, "entry_point", str)
-    return _humaneval_record(raw, Tests(f"{_text(raw, 'test')}\ncheck({function})\n"))
+    return _humaneval_record(raw, Statements(f"{_text(raw, 'test')}\ncheck({function})\n"))
 
 
 def _humaneval_plus(raw: Any) -> Record:
     return _humaneval_record(raw, _inputs(raw, tuple))
 
 
-def _humaneval_record(raw: Any, tests: Tests | Inputs) -> Record:
+def _humaneval_record(raw: Any, tests: Statements | Inputs) -> Record:
     stub = _text(raw, "prompt")
     return Record(
         id=f"humaneval/{_number(raw, 'HumanEval')}",
@@ -263,10 +264,10 @@ def _tested_function(reference: str, tests: Sequence[str]) -> str:
     called = {
         node.func.id
         for test in tests
-        for node in ast.walk(ast.parse(test))
+        for node in ast.walk(parse(test))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
     }
-    defined = [n.name for n in ast.parse(reference).body if isinstance(n, ast.FunctionDef)]
+    defined = [n.name for n in parse(reference).body if isinstance(n, ast.FunctionDef)]
     found = [name for name in dict.fromkeys(defined) if name in called]
     if len(found) != 1:
         raise ValueError(
@@ -281,7 +282,7 @@ def _calls(function: str, tests: Sequence[str]) -> tuple[str, ...]:
     for test in tests:
         nodes = [
             node
-            for node in ast.walk(ast.parse(test))
+            for node in ast.walk(parse(test))
             if isinstance(node, ast.Call)
             and isinstance(node.func, ast.Name)
             and node.func.id == function

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from cycleqd_jax.sandbox import Job, Outcome, Sandbox, open_sandbox
 from cycleqd_jax.tasks.programs.judging import LIMITS, Suite, call_job, read_calls, record_job
-from cycleqd_jax.tasks.programs.records import Inputs, Record, Tests
+from cycleqd_jax.tasks.programs.records import Inputs, Record, Statements
 
 
 def find_suites(
@@ -50,14 +50,14 @@ def find_suites(
 def _jobs(record: Record) -> Iterator[Job]:
     if isinstance(record.tests, Inputs):
         for calls in (record.tests.base, record.tests.plus):
-            limits = [LIMITS.seconds] * len(calls)
-            yield call_job(record, record.reference, calls, limits, LIMITS.seconds)
+            limits = [float(LIMITS.seconds)] * len(calls)
+            yield call_job(record, record.reference, calls, limits, float(LIMITS.seconds))
     elif record.tests.calls is None:
         yield record_job(record)
 
 
 def _suites(record: Record, outcomes: Iterator[Outcome]) -> Iterator[Suite]:
-    if isinstance(record.tests, Tests):
+    if isinstance(record.tests, Statements):
         yield Suite(record.tests.calls or _recorded(next(outcomes)))
         return
     # Both are taken from the stream before either may fail.

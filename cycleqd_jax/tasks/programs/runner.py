@@ -256,8 +256,9 @@ def main() -> None:
     task = json.load(sys.stdin)
     answer = os.fdopen(os.dup(1), "w")
     # What programs print is nobody's business and nobody's burden.
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
     if task["mode"] == "call":
+        sys.stderr = sys.stdout
         call(task, answer)
     else:
         space = load("reference", task["program"], task["setup"])
