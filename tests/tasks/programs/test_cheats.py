@@ -1,5 +1,7 @@
 """Programs that want to pass without solving anything; none does, and nobody else suffers."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from cycleqd_jax.sandbox import Limits, Sandbox, open_sandbox
@@ -69,7 +71,8 @@ CHEATS = {
         "            return eval(str(thing.get('expected') or thing['tests']))[0]"
     ),
     "the answers on standard input": (
-        "import os\ndef {name}(x):\n    os.lseek(0, 0, 0)\n    text = os.read(0, 1 << 20).decode()\n"
+        "import os\ndef {name}(x):\n    os.lseek(0, 0, 0)\n"
+        "    text = os.read(0, 1 << 20).decode()\n"
         "    return eval(text.split('\"expected\":')[1].split('}}')[0])[0]"
     ),
     "the answers in files": (
@@ -111,7 +114,7 @@ SLOW = ("never an end", "a result without", "printing without", "a fork")
 
 
 @pytest.fixture(scope="module")
-def strict() -> Sandbox:  # type: ignore[misc]
+def strict() -> Iterator[Sandbox]:
     with open_sandbox(limits=Limits(seconds=5.0, output_kb=256), workers=2) as opened:
         yield opened
 

@@ -108,8 +108,8 @@ def test_an_irregular_record_is_told_by_file_and_line(
 ) -> None:
     folder = write_files(tmp_path, **{_CONSTANT[name]: changes})
     place = "mbpp.json, record 1" if name == "mbpp/sanitized" else r"jsonl(\.gz)?:1"
-    with pytest.raises(ValueError, match=rf"1 irregular {name.replace('+', '.')} [^\n]*\n.*{place}: "
-                       rf".*{message}"):  # fmt: skip
+    told = rf"1 irregular {name.replace('+', '.')} [^\n]*\n.*{place}: .*{message}"
+    with pytest.raises(ValueError, match=told):
         read_records(name, folder)
 
 
