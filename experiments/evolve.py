@@ -10,12 +10,12 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from cycleqd_jax.cache import default_cache
 from cycleqd_jax.qd.presets import DEFAULT, PRESETS
 from cycleqd_jax.runs.compilation import cache_compilations
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.console import main_guard, parse_experts, reproduce_command
 from cycleqd_jax.runs.driver import evolve
-from cycleqd_jax.runs.family import default_cache
 
 # What the command line sets, besides the models, tasks and folders.
 _NUMBERS = {

@@ -28,6 +28,7 @@ from cycleqd_jax.runs.search import Search
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import open_sandbox
 from cycleqd_jax.sandbox.memo import MemoSandbox
+from cycleqd_jax.tasks.benchmark import sandbox_limits
 
 # Finalists meet other problems of the search split: where it has many, all of them new to them.
 _FINAL_SEED = 1_000_003
@@ -92,7 +93,8 @@ def evolve(
         # Drawn before the search: a task with too few problems must say so now.
         final = workspace.problems("search", config.final_problems, config.seed + _FINAL_SEED)
         test = workspace.problems("test", config.test_problems, config.seed)
-        with MemoSandbox(open_sandbox(config.sandbox)) as sandbox:
+        limits = sandbox_limits(workspace.tasks)
+        with MemoSandbox(open_sandbox(config.sandbox, limits)) as sandbox:
             written = folder.path / "transcripts" if transcripts else None
             evaluator = Evaluator(workspace, sandbox, written)
             search = Search(workspace, evaluator, folder)

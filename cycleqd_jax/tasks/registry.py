@@ -11,6 +11,7 @@ from cycleqd_jax.tasks.base import Task
 from cycleqd_jax.tasks.coding import CodingTask
 from cycleqd_jax.tasks.database import DatabaseTask
 from cycleqd_jax.tasks.dbbench.task import dbbench_from_environment
+from cycleqd_jax.tasks.programs.task import programs_from_environment
 from cycleqd_jax.tasks.shell import ShellTask
 
 # Tasks that make their own problems.
@@ -24,6 +25,12 @@ BENCHMARKS: Mapping[str, Callable[[], Task]] = MappingProxyType(
         "dbbench": dbbench_from_environment,
         "dbbench/loadable": partial(dbbench_from_environment, "loadable"),
         "dbbench/paper": partial(dbbench_from_environment, "paper"),
+        "mbpp": partial(programs_from_environment, "mbpp"),
+        "mbpp/sanitized": partial(programs_from_environment, "mbpp/sanitized"),
+        "mbpp+": partial(programs_from_environment, "mbpp+"),
+        "mbpp+/paper": partial(programs_from_environment, "mbpp+", "paper"),
+        "humaneval": partial(programs_from_environment, "humaneval"),
+        "humaneval+": partial(programs_from_environment, "humaneval+"),
     }
 )
 
