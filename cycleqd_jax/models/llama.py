@@ -149,8 +149,9 @@ def attend(
 ) -> Float[Array, "batch time heads_d"]:
     """Softmax attention; query heads share key heads in groups, keys are never repeated.
 
-    `mask` is True where a query may look: (time, keys), or (batch, 1, 1, time, keys). Queries of a group are stacked along time, so that a
-    group's scores are one matrix product per (row, key head).
+    `mask` is True where a query may look: (time, keys), or (batch, 1, 1, time, keys). Queries of a
+    group are stacked along time, so that a group's scores are one matrix product per (row, key
+    head).
     """
     batch, time, heads, d = q.shape
     keys, kv_heads = k.shape[1:3]

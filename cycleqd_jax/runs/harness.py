@@ -221,7 +221,8 @@ class PopulationLM(TemplateLM):
                 owners += [i] * (len(windows) - len(owners))
             totals = {i: [0.0] * self._count for i in new}
             for i, answers in zip(owners, self._loglikelihood_tokens(windows), strict=True):
-                totals[i] = [total + value for total, (value, _) in zip(totals[i], answers)]
+                for candidate, (value, _) in enumerate(answers):
+                    totals[i][candidate] += value
             return [tuple(totals[i]) for i in new]
 
         keys = [("loglikelihood_rolling", *request.args) for request in requests]
@@ -377,9 +378,7 @@ class CandidateLM(LM):
         """For each (context, continuation) the log-likelihood, and whether it is greedy."""
         return self._mine(self._population.loglikelihood(requests))
 
-    def loglikelihood_rolling(
-        self, requests: list[Any], disable_tqdm: bool = False
-    ) -> list[float]:
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of each (text,)."""
         return self._mine(self._population.loglikelihood_rolling(requests))
 

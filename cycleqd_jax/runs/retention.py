@@ -1,15 +1,26 @@
 """What evolution preserved: tasks of lm-evaluation-harness on all candidates of a population."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from rich.table import Table
 
+from cycleqd_jax.merging.low_rank import decompose_low_rank
+from cycleqd_jax.merging.spectral import expert_gains, materialise
+from cycleqd_jax.models.config import LlamaConfig
+from cycleqd_jax.models.convert import load_model
+from cycleqd_jax.models.kernels import attach
+from cycleqd_jax.models.lora import is_adapter, load_adapter
+from cycleqd_jax.models.specs import roles
+from cycleqd_jax.models.tokenizer import load_tokenizer, tokenizer_fingerprint
+from cycleqd_jax.runs.files import read_json
 from cycleqd_jax.runs.harness import PopulationLM
 from cycleqd_jax.runs.local_tasks import LOCAL_TASKS
+from cycleqd_jax.runs.workspace import Workspace
 
 Scores = dict[str, dict[str, float]]
 """Task -> metric -> value, with the standard error of a metric under ``METRIC_stderr``."""
@@ -90,12 +101,92 @@ class Tasks:
         for model in population.models:
             # Some tasks draw from the global generators; the harness seeds them too.
             random.seed(seed)
-            np.random.seed(seed)
+            np.random.seed(seed)  # noqa: NPY002
             for task in self._loaded["tasks"].values():
                 task.set_fewshot_seed(seed)
             results.append(evaluate(model, self._loaded, limit=self._limit, **self._options))
         population.forget()
         return results
+
+
+def population_of(workspace: Workspace, gains: Any, **options: Any) -> PopulationLM:
+    """The candidates of a run, such as its elites, as models that are measured together.
+
+    Args:
+        workspace: the run's models and basis.
+        gains: genotypes, leaves (candidates, ...), as `CyclicRepertoire.gather` gives them.
+        options: of `PopulationLM`.
+    """
+    params = attach(workspace.base, workspace.basis, gains)
+    return PopulationLM(workspace.architecture, workspace.tokenizer, params, **options)
+
+
+def each_model(
+    folders: Mapping[str, str | Path], base: str | Path | None = None, **options: Any
+) -> Iterator[tuple[str, PopulationLM]]:
+    """Models from their folders, one in memory at a time.
+
+    Those of one architecture and one tokenizer are one `PopulationLM` with other weights, so that
+    nothing is compiled again: be done with a model before the next one is asked for.
+
+    Args:
+        folders: name -> folder of a model, or of a LoRA adapter of `base`.
+        base: folder of the model that adapters belong to.
+        options: of `PopulationLM`.
+
+    Raises:
+        ValueError: no model that this library reads, or an adapter without `base`.
+    """
+    population: PopulationLM | None = None
+    for name, folder in folders.items():
+        config, params, tokenizer = _load(Path(folder), base)
+        known = population is not None and (
+            population.scorer.config == config
+            and tokenizer_fingerprint(population.tokenizer) == tokenizer_fingerprint(tokenizer)
+        )
+        if population is None or not known:
+            population = PopulationLM(config, tokenizer, params, **options)
+        else:
+            population.use(params)
+        del params
+        yield name, population
+
+
+def _load(folder: Path, base: str | Path | None) -> tuple[LlamaConfig, Any, Any]:
+    if not is_adapter(folder):
+        return *load_model(folder), load_tokenizer(folder)
+    if base is None:
+        raise ValueError(f"{folder}: expected the folder of the adapter's base too, found none")
+    config, params = load_model(base)
+    basis, _ = decompose_low_rank(load_adapter(folder, config), roles(config))
+    return config, jax.jit(materialise)(params, basis, expert_gains(basis, 0)), load_tokenizer(base)
+
+
+def models_of_run(folder: Path) -> tuple[str, dict[str, Path]]:
+    """The base's folder and the named folders of all models of a finished run.
+
+    Returns:
+        The base's folder, and ``base``, ``expert/NAME``, ``cycleqd/best``, ``cycleqd/aggregate``,
+        each with its folder.
+
+    Raises:
+        ValueError: the folder holds no run, or one that is not finished.
+    """
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: expected a run's folder with config.json, found none")
+    config = read_json(folder / "config.json")
+    if not isinstance(config.get("experts"), dict):
+        raise ValueError(f"{folder}: expected a run's folder, found a config.json of another kind")
+    models = {"base": Path(config["base"])}
+    models |= {f"expert/{name}": Path(path) for name, path in config["experts"].items()}
+    found = {f"cycleqd/{name}": folder / name for name in ("best", "aggregate")}
+    missing = [str(path) for path in found.values() if not path.is_dir()]
+    if missing:
+        raise ValueError(
+            f"{folder}: expected a finished run, found no {', '.join(missing)}: start the run's "
+            "command again to finish it"
+        )
+    return config["base"], models | found
 
 
 def scores_of(results: Mapping[str, Any]) -> Scores:

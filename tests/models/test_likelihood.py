@@ -66,8 +66,77 @@ def test_packed_texts_are_as_likely_as_texts_alone(make_params: Make) -> None:
     pairs = draw_pairs(12)
     # What decoding would give, so that some continuations are the greedy ones.
     likely = one_by_one([(c, [t]) for c, _ in pairs[:4] for t in range(40)], params)[1]
-    pairs += [(pairs[i // 40][0], [i % 40]) for i in np.flatnonzero(likely)]
+    pairs += [(pairs[i // 40][0], [i % 40]) for i in np.flatnonzero(likely).tolist()]
     found = Scorer(CONFIG, max_tokens=512).score(pairs, params)
     assert found.log_probability.shape == (1, len(pairs))
     assert found.greedy.sum() >= 4
     assert_same(found, pairs, [params])
+
+
+def test_every_kind_of_population_is_scored_as_its_candidates_alone(
+    make_params: Make, make_population: Make
+) -> None:
+    base = make_params(CONFIG)
+    basis, gains = make_population(CONFIG, candidates=3)
+    attached = kernels.attach(base, basis, gains)
+    models = [jax.jit(kernels.materialise_candidate)(attached, c) for c in range(3)]
+    pairs = draw_pairs(3, seed=1)
+    rows = Scorer(CONFIG, mode="rows")
+    assert_same(rows.score(pairs, attached), pairs, models)
+    apart = Scorer(CONFIG, mode="candidates")
+    assert_same(apart.score(pairs, attached), pairs, models)
+    stacked = kernels.stack(models, roles(CONFIG))
+    assert_same(rows.score(pairs, stacked), pairs, models)
+    # Once per kind of weights; other gains compile nothing.
+    assert (rows.traces, apart.traces) == (2, 1)
+    rows.score(pairs, kernels.attach(base, basis, jax.tree.map(lambda g: 1.5 * g, gains)))
+    assert rows.traces == 2
+
+
+def test_a_window_counts_places_in_the_text_not_in_the_row(make_params: Make) -> None:
+    config = replace(CONFIG, architecture="mistral", sliding_window=4)
+    params, pairs = make_params(config), draw_pairs(4, seed=2)
+    found = Scorer(config).score(pairs, params)
+    np.testing.assert_allclose(
+        found.log_probability[0], one_by_one(pairs, params, config)[0], atol=3e-5
+    )
+    free = Scorer(CONFIG).score(pairs, params)
+    assert np.abs(free.log_probability - found.log_probability).max() > 1e-2
+
+
+def test_slices_of_queries_and_logits_change_nothing(
+    make_params: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params, pairs = make_params(CONFIG), draw_pairs(2, seed=3)
+    whole = Scorer(CONFIG).score(pairs, params)
+    monkeypatch.setattr(likelihood, "_QUERIES", 64)
+    monkeypatch.setattr(likelihood, "_LOGITS", 8 * CONFIG.vocab_size)
+    shares: list[float] = []
+    sliced = Scorer(CONFIG, max_tokens=256).score(pairs, params, shares.append)
+    np.testing.assert_allclose(sliced.log_probability, whole.log_probability, atol=1e-5)
+    assert sliced.greedy.tolist() == whole.greedy.tolist()
+    assert shares == sorted(shares)
+    assert shares[-1] == 1
+
+
+def test_the_softmax_is_taken_in_float32_for_bfloat16_weights(make_params: Make) -> None:
+    config = replace(CONFIG, dtype="bfloat16")
+    found = Scorer(config).score([([1], [t]) for t in range(40)], make_params(config))
+    # Probabilities of the whole vocabulary add up, to float32's accuracy.
+    assert np.exp(found.log_probability).sum() == pytest.approx(1, abs=1e-5)
+    assert found.greedy.sum() == 1
+
+
+def test_no_texts_and_texts_that_cannot_be_scored(make_params: Make) -> None:
+    scorer, params = Scorer(CONFIG), make_params(CONFIG)
+    assert scorer.score([], params).log_probability.shape == (1, 0)
+    for pair, message in (
+        (([], [1]), "text 0: expected at least one token of context"),
+        (([1], []), "one of continuation, found 1 and 0"),
+        (([1] * 90, [1] * 8), "at most 96 tokens to read"),
+        (([1], [40]), r"token ids in \[0, 40\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scorer.score([pair], params)
+    with pytest.raises(ValueError, match="expected a mode of"):
+        Scorer(CONFIG, mode="fast")
