@@ -214,12 +214,6 @@ def spectral_share(params: Any) -> float:
     return low_rank / dense if dense else 0.0
 
 
-def total_rank(params: Any) -> int:
-    """Directions of the richest matrix, all experts together; 0 for plain weights."""
-    nodes = jax.tree.leaves(params, is_leaf=is_kernel)
-    return max((node.u.shape[-1] for node in nodes if isinstance(node, SpectralKernel)), default=0)
-
-
 def is_kernel(node: Any) -> bool:
     """Whether a node of the parameters is one of this module's kernels (an `is_leaf`)."""
     return isinstance(node, SpectralKernel | StackedKernel | CandidateVector)

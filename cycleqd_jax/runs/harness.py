@@ -208,7 +208,8 @@ class PopulationLM(TemplateLM):
         """For each (text,) its log-likelihood a candidate, in windows of `max_length` tokens."""
 
         def compute(new: Sequence[int]) -> list[tuple[float, ...]]:
-            windows, owners = [], []
+            windows: list[Any] = []
+            owners: list[int] = []
             for i in new:
                 (text,) = requests[i].args
                 found = get_rolling_token_windows(

@@ -17,7 +17,7 @@ def test_a_row_holds_a_forest_and_every_token_sees_its_own_text() -> None:
     assert batch.packed.positions[0, :6].tolist() == [0, 1, 2, 3, 0, 1]
     assert not tokens[6:].any()
     assert packed_tokens([batch]) == 256
-    scored = {}
+    scored: dict[int, list[tuple[list[int], int]]] = {}
     for slot, target, owner in zip(
         batch.packed.slot[0], batch.packed.target[0], batch.owner[0], strict=True
     ):
