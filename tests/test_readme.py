@@ -94,5 +94,6 @@ def test_the_scripts_of_the_readme_exist() -> None:
         "experiments/quickstart.py",
         "experiments/evolve.py",
         "experiments/digits.py",
+        "experiments/retention.py",
     }
     assert all((ROOT / name).is_file() for name in scripts)
