@@ -13,10 +13,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cycleqd_jax.cache import default_cache
 from cycleqd_jax.progress import Progress
 from cycleqd_jax.runs.compilation import cache_compilations
 from cycleqd_jax.runs.console import main_guard, parse_experts
-from cycleqd_jax.runs.family import default_cache
 from cycleqd_jax.runs.files import write_json_atomic
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -151,7 +152,7 @@ def _raw_records(path: Path) -> Iterator[tuple[str, Callable[[], Any]]]:
     # Not splitlines: a text may hold a line separator that is none to JSON.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            yield f"{path}:{number}", lambda line=line: json.loads(line)
+            yield f"{path}:{number}", partial(json.loads, line)
 
 
 def _listed(path: Path, text: str) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -162,7 +163,11 @@ def _listed(path: Path, text: str) -> Iterator[tuple[str, Callable[[], Any]]]:
     if not isinstance(raw, list):
         raise ValueError(f"{path}: expected one JSON list, found {type(raw).__name__}")
     for number, item in enumerate(raw, 1):
-        yield f"{path}, record {number}", lambda item=item: item
+        yield f"{path}, record {number}", partial(_same, item)
+
+
+def _same(item: Any) -> Any:
+    return item
 
 
 def _mbpp(raw: Any) -> Record:
@@ -257,7 +262,8 @@ def _inputs(raw: Any, restored: Callable[[list[Any]], tuple[Any, ...]]) -> Input
     if not groups[0]:
         raise ValueError("base_input: expected a list of argument lists, found none")
     tolerance = _field(raw, "atol", int | float)
-    return Inputs(*groups, tolerance=float(tolerance))
+    base, plus = groups
+    return Inputs(base, plus, float(tolerance))
 
 
 def _tested_function(reference: str, tests: Sequence[str]) -> str:

@@ -20,7 +20,7 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import ItemsView, Iterator, KeysView, ValuesView
+from collections.abc import Callable, ItemsView, Iterator, KeysView, ValuesView
 from types import ModuleType
 from typing import Any
 
@@ -109,7 +109,7 @@ def decode(value: Any) -> Any:
     return _DECODERS[kind](content)
 
 
-_DECODERS = {
+_DECODERS: dict[str, Callable[[Any], Any]] = {
     "int": lambda text: int(text, 16),
     "tuple": lambda items: tuple(map(decode, items)),
     "dict": lambda pairs: {decode(key): decode(item) for key, item in pairs},

@@ -17,7 +17,7 @@ from cycleqd_jax.tasks.programs.task import ProgramTask, open_programs
 Judge = Callable[..., list[Verdict]]
 
 # Four published formats, with problems of our own.
-MBPP = {
+MBPP: dict[str, Any] = {
     "text": "Write a function to double a number.",
     "code": "def double(x):\r\n  return 2 * x",
     "task_id": 601,
@@ -25,7 +25,7 @@ MBPP = {
     "test_list": ["assert double(2) == 4", "assert double(0) == 0", "assert double(-3) == -6"],
     "challenge_test_list": [],
 }
-SANITIZED = {
+SANITIZED: dict[str, Any] = {
     "source_file": "x.ipynb",
     "task_id": 2,
     "prompt": "Write a function to find a root.",
@@ -33,7 +33,7 @@ SANITIZED = {
     "test_imports": ["import math"],
     "test_list": ["assert math.isclose(root(2), 1.41421, rel_tol=1e-3)", "assert root(4) == 2"],
 }
-MBPP_PLUS = {
+MBPP_PLUS: dict[str, Any] = {
     "task_id": "Mbpp/63",
     "prompt": '"""\nWrite a function to pair\nassert pair([(1, 2)]) == [(2, 1)]\n"""\n',
     "entry_point": "pair",
@@ -44,7 +44,7 @@ MBPP_PLUS = {
     "plus_input": [[[]], [[[0, -1]]], [[["a", None]]]],
     "atol": 0,
 }
-HUMANEVAL = {
+HUMANEVAL: dict[str, Any] = {
     "task_id": "HumanEval/7",
     "prompt": "from typing import List\n\n\ndef mean(xs: List[float]) -> float:\n"
     '    """Mean.\n    >>> mean([1.0, 2.0])\n    1.5\n    """\n',
@@ -54,7 +54,7 @@ HUMANEVAL = {
     "        assert abs(candidate(list(range(n))) - (n - 1) / 2) < 1e-6\n"
     "    assert candidate([2.0]) == 2.0\n",
 }
-HUMANEVAL_PLUS = {
+HUMANEVAL_PLUS: dict[str, Any] = {
     **HUMANEVAL,
     "contract": "",
     "base_input": [[[1.0, 2.0]], [[0.1, 0.2, 0.3]]],

@@ -13,7 +13,7 @@ from cycleqd_jax.tasks.base import Split
 from cycleqd_jax.tasks.benchmark import sandbox_limits
 from cycleqd_jax.tasks.coding import CodingTask
 from cycleqd_jax.tasks.programs.judging import LIMITS, Suite, Verdict
-from cycleqd_jax.tasks.programs.records import Record, Statements
+from cycleqd_jax.tasks.programs.records import Inputs, Record, Statements
 from cycleqd_jax.tasks.programs.task import (
     PassRates,
     ProgramTask,
@@ -98,6 +98,7 @@ def test_large_and_special_results_are_compared(opened: Open, sandbox: Sandbox) 
     (problem,) = opened("mbpp+").every_problem()
     record = replace(problem.record, function="f", reference="def f(n):\n    return VALUES[n]")
     values = "[[(1, 'a')] * 9000, 10 ** 6000, {1j, 'x'}, b'x', float('inf'), None, {(1,): {2}}]"
+    assert isinstance(record.tests, Inputs)
     inputs = replace(record.tests, base=tuple({"tuple": [n]} for n in range(7)), plus=())
     record = replace(record, reference=f"VALUES = {values}\n{record.reference}", tests=inputs)
     from cycleqd_jax.tasks.programs.references import find_suites
