@@ -19,7 +19,8 @@ class RunConfig:
         generations: how many batches of children are bred.
         children: children a generation, evaluated together.
         problems: problems of the ``search`` split a child is scored on, per task.
-        final_problems: problems of the ``search`` split the finalists are scored on, per task.
+        final_problems: problems of the ``validation`` split that decide among the finalists, per
+            task.
         finalists: elites that compete to be ``cycleqd/best``.
         test_problems: problems of the ``test`` split for the final table, per task.
         difficulty: of all problems.

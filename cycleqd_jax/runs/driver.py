@@ -29,9 +29,6 @@ from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import open_sandbox
 from cycleqd_jax.sandbox.memo import MemoSandbox
 
-# Finalists meet other problems of the search split: where it has many, all of them new to them.
-_FINAL_SEED = 1_000_003
-
 
 @dataclass
 class Clock:
@@ -88,7 +85,7 @@ def evolve(
             f"(lowest {workspace.report.minimum():.4f})"
         )
         # Drawn before the search: a task with too few problems must say so now.
-        final = workspace.problems("search", config.final_problems, config.seed + _FINAL_SEED)
+        final = workspace.problems("validation", config.final_problems, config.seed)
         test = workspace.problems("test", config.test_problems, config.seed)
         with MemoSandbox(open_sandbox(config.sandbox)) as sandbox:
             evaluator = Evaluator(workspace, sandbox)
@@ -178,7 +175,7 @@ def _export(
         base=config.base,
         experts=config.experts,
         recipe=expert_coefficients(choice.gains, workspace.basis, list(config.experts)),
-        scores={"search": dict(zip(config.tasks, choice.scores, strict=True)), "test": test},
+        scores={"validation": dict(zip(config.tasks, choice.scores, strict=True)), "test": test},
         command=command,
         details=choice.details,
     )

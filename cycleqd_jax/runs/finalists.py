@@ -1,7 +1,7 @@
-"""Which models of a finished search are put forward, decided on the ``search`` split alone.
+"""Which models of a finished search are put forward, decided on the ``validation`` split alone.
 
 A child's score in the archives is a maximum over many noisy draws; finalists are therefore scored
-again, on more problems, and the winner of that is the run's best model.
+again, on problems the search never met, and the winner of that is the run's best model.
 """
 
 from collections.abc import Mapping
