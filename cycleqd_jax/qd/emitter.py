@@ -292,6 +292,11 @@ class CycleQDEmitter(Emitter):
         return CycleQDState(generation=emitter_state.generation + 1)
 
     @property
+    def experts(self) -> tuple[int, ...]:
+        """Expert whose directions serve each archive."""
+        return self._experts
+
+    @property
     def batch_size(self) -> int:
         """Children a generation."""
         return self._batch_size
