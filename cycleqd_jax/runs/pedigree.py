@@ -24,14 +24,15 @@ def draw_pedigree(family: FamilyTree, id: int, tasks: Sequence[str], depth: int 
         ValueError: no model has the id, or the log is damaged.
     """
     top = family.birth(id)
-    root = Tree(_describe(top, tasks))
+    title = _describe(top, tasks)
+    root = Tree(title)
     shown = {id}
-    waiting = [(top, root, 0)]
+    waiting = [(top, title, root, 0)]
     while waiting:
-        birth, node, level = waiting.pop(0)
+        birth, line, node, level = waiting.pop(0)
         parents = family.parents(birth)
         if len(parents) == 2 and parents[0] is parents[1]:
-            node.label.append("  both parents:", style="dim")
+            line.append("  both parents:", style="dim")
             parents = parents[:1]
         for parent in parents:
             label = _describe(parent, tasks)
@@ -45,7 +46,7 @@ def draw_pedigree(family: FamilyTree, id: int, tasks: Sequence[str], depth: int 
                 label.append(f"  ({count} ancestors not shown)", style="dim")
             else:
                 shown.add(parent.id)
-                waiting.append((parent, branch, level + 1))
+                waiting.append((parent, label, branch, level + 1))
     return root
 
 

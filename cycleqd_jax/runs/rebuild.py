@@ -96,13 +96,13 @@ def _breed(
     members = [births[0]] * size
     for birth in births:
         members[_row(birth, size, start)] = birth
-    pairs = [
+    first, second = (
         treedef.unflatten([np.stack(column) for column in zip(*parents, strict=True)])
         for parents in ([made[birth.parents[side]] for birth in members] for side in (0, 1))
-    ]
+    )
     recipes = [_recipe(birth) for birth in members]
     info = {name: np.stack([recipe[name] for recipe in recipes]) for name in recipes[0]}
-    children = jax.tree.leaves(emitter.recreate(*pairs, info))
+    children = jax.tree.leaves(emitter.recreate(first, second, info))
     rows = {birth.id: _row(birth, size, start) for birth in births}
     leaves = [np.asarray(leaf) for leaf in children]
     return {id: [leaf[row] for leaf in leaves] for id, row in rows.items()}
@@ -126,7 +126,7 @@ def _recipe(birth: Birth) -> dict[str, np.ndarray]:
             f"lineage: child {birth.id}: expected two parents, an archive and two random keys, "
             f"found {birth.to_row()}: the log is damaged, restore it from a copy"
         )
-    found = {"archive": np.int32(birth.archive), "keys": keys}
+    found = {"archive": np.asarray(birth.archive, np.int32), "keys": keys}
     if "parameters" in birth.operator:
         found["parameters"] = np.asarray(birth.operator["parameters"], np.float32)
     return found
