@@ -91,8 +91,9 @@ def main() -> None:
     patched_search.run = remember
     print("started", flush=True)
     driver.evolve(config, Path(run), command="python run.py", cache=Path(cache))
-    state = jax.tree.map(lambda leaf: np.asarray(leaf)[None], compact(found[0].repertoire))
-    print(f"events {count}\nrepertoire {digests(state)[0]}", flush=True)
+    for search in found:  # none where the run was finished before
+        state = jax.tree.map(lambda leaf: np.asarray(leaf)[None], compact(search.repertoire))
+        print(f"events {count}\nrepertoire {digests(state)[0]}", flush=True)
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(
 ) -> None:
     reference, printed = whole
     ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(3_300_000))
+    ballast.write_bytes(bytes((4 << 20) - 250_000))
     process = runs.start(small_disk / "run")
     process.communicate(timeout=300)
     assert process.returncode == 1
