@@ -10,8 +10,8 @@ import shlex
 import sys
 from pathlib import Path
 
+from cycleqd_jax.cache import default_cache
 from cycleqd_jax.runs.console import main_guard
-from cycleqd_jax.runs.family import default_cache
 from cycleqd_jax.runs.release import PastRun, release
 
 

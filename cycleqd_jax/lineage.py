@@ -11,10 +11,10 @@ from pathlib import Path
 
 from rich.console import Console
 
+from cycleqd_jax.cache import default_cache
 from cycleqd_jax.merging.spectral import gain_layout
 from cycleqd_jax.runs.console import main_guard
 from cycleqd_jax.runs.export import expert_coefficients
-from cycleqd_jax.runs.family import default_cache
 from cycleqd_jax.runs.pedigree import draw_pedigree
 from cycleqd_jax.runs.release import PastRun
 

@@ -10,12 +10,12 @@ import argparse
 import dataclasses
 from pathlib import Path
 
+from cycleqd_jax.cache import default_cache
 from cycleqd_jax.qd.presets import DEFAULT, PRESETS
 from cycleqd_jax.runs.compilation import cache_compilations
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.console import main_guard, parse_experts, reproduce_command
 from cycleqd_jax.runs.driver import evolve
-from cycleqd_jax.runs.family import default_cache
 
 # What the command line sets, besides the models, tasks and folders.
 _NUMBERS = {
@@ -28,6 +28,12 @@ _NUMBERS = {
     "difficulty": "of the problems",
     "rank": "directions kept per matrix and expert (default: all)",
     "max_new_tokens": "longest answer",
+    "repeats": "attempts at every problem; the table shows the standard errors",
+}
+_MEASURES = {
+    "temperature": "of the models' words (0: the likeliest)",
+    "step_seconds": "what a program or call of an environment may take",
+    "episode_seconds": "what the environment may take in all of an episode",
 }
 
 
@@ -35,7 +41,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
     parser.add_argument("--base", type=Path, required=True, help="folder of the base model")
     parser.add_argument("--experts", nargs="+", required=True, metavar="NAME=DIR")
-    parser.add_argument("--tasks", nargs="+", required=True, metavar="TASK")
+    parser.add_argument(
+        "--tasks", nargs="+", required=True, metavar="TASK", help="a name, or MODULE:CLASS"
+    )
     parser.add_argument("--out", type=Path, default=Path("runs/evolve"), help="run folder")
     parser.add_argument("--cache", type=Path, default=default_cache(), help="what starts share")
     parser.add_argument(
@@ -47,6 +55,13 @@ def main() -> None:
         parser.add_argument(
             f"--{name.replace('_', '-')}", type=int, default=defaults[name], help=meaning
         )
+    for name, meaning in _MEASURES.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=float, default=defaults[name], help=meaning
+        )
+    parser.add_argument(
+        "--transcripts", action="store_true", help="write every episode to OUT/transcripts"
+    )
     args = parser.parse_args()
 
     cache_compilations(args.cache)
@@ -56,9 +71,15 @@ def main() -> None:
         tasks=tuple(args.tasks),
         # The ranges of a preset are of its own tasks: here the experts' scores decide.
         preset=dataclasses.replace(PRESETS[args.preset], bins=args.bins, ranges=None),
-        **{name: getattr(args, name) for name in _NUMBERS},
+        **{name: getattr(args, name) for name in [*_NUMBERS, *_MEASURES]},
     )
-    evolve(config, args.out, command=reproduce_command(), cache=args.cache)
+    evolve(
+        config,
+        args.out,
+        transcripts=args.transcripts,
+        command=reproduce_command(),
+        cache=args.cache,
+    )
 
 
 if __name__ == "__main__":

@@ -11,12 +11,13 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from cycleqd_jax.cache import default_cache
 from cycleqd_jax.qd.presets import DEFAULT
 from cycleqd_jax.runs.compilation import cache_compilations
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.console import main_guard, reproduce_command
 from cycleqd_jax.runs.driver import evolve
-from cycleqd_jax.runs.family import FamilyConfig, default_cache, make_family
+from cycleqd_jax.runs.family import FamilyConfig, make_family
 from cycleqd_jax.tasks.registry import TASKS, make_tasks
 
 

@@ -12,6 +12,11 @@ import numpy as np
 import pytest
 
 from cycleqd_jax.qd.presets import Preset
+from cycleqd_jax.sandbox import Limits, open_sandbox
+from cycleqd_jax.tasks.base import Request
+from cycleqd_jax.tasks.policies import ScriptedPolicy, ideal_policy
+from cycleqd_jax.tasks.registry import make_tasks
+from cycleqd_jax.tasks.rollout import rollout
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -37,7 +42,7 @@ def test_the_parts_of_the_readme_breed() -> None:
         "skills": lambda params: digits.accuracies(params, *problem.search),
     }
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(block, space)
     assert isinstance(space["preset"], Preset)
@@ -49,6 +54,25 @@ def test_the_parts_of_the_readme_breed() -> None:
     starts = np.asarray(space["score"](space["starts"], None)[0])
     assert scores.mean(axis=1).max() > starts.mean(axis=1).max() + 0.1
     assert (np.asarray(space["history"]["coverage"])[-1] > 0.05).all()
+
+
+def test_a_task_of_ones_own_is_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The README's block as a file, named as on the command line."""
+    (block,) = (b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "Ask" in b)
+    assert len([line for line in block.splitlines() if line.strip()]) <= 30
+    (tmp_path / "patterns.py").write_text(block)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    tasks = make_tasks(["patterns:Patterns", "coding"])
+    problems = {task.name: task.problems("search", 5) for task in tasks}
+    ideal = ideal_policy(problem for drawn in problems.values() for problem in drawn)
+
+    def speak(request: Request) -> str:
+        return ["", "(", ideal.speak(request)][request.candidate]
+
+    with open_sandbox(limits=Limits(seconds=30.0)) as sandbox:
+        played = rollout(tasks, problems, 3, ScriptedPolicy(speak), sandbox)
+    assert played.scores.tolist() == [[0.0, 0.0], [0.0, 0.0], [1.0, 1.0]]
 
 
 @pytest.mark.slow
@@ -70,5 +94,6 @@ def test_the_scripts_of_the_readme_exist() -> None:
         "experiments/quickstart.py",
         "experiments/evolve.py",
         "experiments/digits.py",
+        "experiments/retention.py",
     }
     assert all((ROOT / name).is_file() for name in scripts)

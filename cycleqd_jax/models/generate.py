@@ -152,15 +152,18 @@ class Decoder:
         *,
         sampling: Sampling = GREEDY,
         seeds: Sequence[int] | None = None,
+        max_new_tokens: int | None = None,
+        stops: StopStrings | None = None,
     ) -> list[list[int]]:
         """The answers to `prompts`, in their order, as lists of token ids.
 
         `candidates` gives the candidate of every prompt where `params` (or the parameters of the
         constructor) hold kernels of a population; None, or zeros, with plain weights. `seeds` are
         the prompts' own, in [0, 2^31); a sampled answer follows from prompt, weights, `sampling`
-        and seed. `on_finished` is called, from any thread but once at a time, with the number of
-        prompts done since its last call. Raises ValueError for an empty prompt, one that leaves no
-        room for a token, and candidates that do not exist.
+        and seed. `max_new_tokens` and `stops` take the place of the constructor's for this call and
+        compile nothing. `on_finished` is called, from any thread but once at a time, with the
+        number of prompts done since its last call. Raises ValueError for an empty prompt, one that
+        leaves no room for a token, and candidates that do not exist.
         """
         weights = self._weights(params)
         check_requests(weights, self.config.max_positions, prompts, candidates, seeds)
@@ -172,7 +175,7 @@ class Decoder:
             chosen, numbers = weights, candidates
             if job.candidate is not None:
                 chosen, numbers = self._programs.build(weights, jnp.int32(job.candidate)), None
-            stream = self._stream(chosen, sampling)
+            stream = self._stream(chosen, sampling, max_new_tokens, stops)
             tickets = stream.submit(
                 [prompts[i] for i in job.rows],
                 None if numbers is None else [numbers[i] for i in job.rows],
@@ -207,16 +210,22 @@ class Decoder:
             raise ValueError("Decoder: expected params here or in the constructor, got none")
         return weights
 
-    def _stream(self, weights: LlamaParams, sampling: Sampling) -> Stream:
+    def _stream(
+        self,
+        weights: LlamaParams,
+        sampling: Sampling,
+        max_new_tokens: int | None = None,
+        stops: StopStrings | None = None,
+    ) -> Stream:
         return Stream(
             self._programs,
             weights,
             pad_token=self._pad,
             max_positions=self.config.max_positions,
-            max_new_tokens=self._max_new,
+            max_new_tokens=max_new_tokens or self._max_new,
             max_rows=self._max_rows,
             sampling=sampling,
-            stops=self.stops,
+            stops=stops or self.stops,
         )
 
     def _plan(

@@ -145,12 +145,13 @@ def attend(
     q: Float[Array, "batch time heads d"],
     k: Float[Array, "batch keys kv_heads d"],
     v: Float[Array, "batch keys kv_heads d"],
-    mask: Bool[Array, "time keys"],
+    mask: Bool[Array, "*rows time keys"],
 ) -> Float[Array, "batch time heads_d"]:
     """Softmax attention; query heads share key heads in groups, keys are never repeated.
 
-    `mask` is True where a query may look. Queries of a group are stacked along time, so that a
-    group's scores are one matrix product per (row, key head).
+    `mask` is True where a query may look: (time, keys), or (batch, 1, 1, time, keys). Queries of a
+    group are stacked along time, so that a group's scores are one matrix product per (row, key
+    head).
     """
     batch, time, heads, d = q.shape
     keys, kv_heads = k.shape[1:3]

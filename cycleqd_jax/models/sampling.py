@@ -30,7 +30,7 @@ class Sampling:
         ValueError: a negative temperature or top_k, or a top_p outside (0, 1].
     """
 
-    temperature: float = 0.0
+    temperature: float | int = 0.0
     top_k: int = 0
     top_p: float = 1.0
 

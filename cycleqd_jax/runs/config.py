@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from cycleqd_jax.models.sampling import Sampling
 from cycleqd_jax.qd.presets import DEFAULT, Preset
+from cycleqd_jax.tasks.rollout import TimeLimits
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,10 @@ class RunConfig:
         preset: crossover, mutation, selection, grid, schedule and aggregation.
         uniform_scales: the λ that are tried for the uniform merge.
         max_new_tokens: the longest answer.
+        temperature: of the models' words; 0 takes the likeliest.
+        repeats: attempts at every problem, for tasks and temperatures that leave room for chance.
+        step_seconds: what one program or call of an environment may take.
+        episode_seconds: what the environment may take in all of an episode.
         team: members at most of the team of models that complement each other.
         checkpoint_every: generations between two checkpoints.
         checkpoints_kept: the newest checkpoints that stay.
@@ -55,6 +61,10 @@ class RunConfig:
         default=(0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)
     )
     max_new_tokens: int = 48
+    temperature: float | int = 0.0
+    repeats: int = 1
+    step_seconds: float | int = 60.0
+    episode_seconds: float | int = 600.0
     team: int = 4
     checkpoint_every: int = 10
     checkpoints_kept: int = 2
@@ -78,12 +88,15 @@ class RunConfig:
             "test_problems",
             "difficulty",
             "max_new_tokens",
+            "repeats",
             "team",
             "checkpoint_every",
             "checkpoints_kept",
         ]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        Sampling(temperature=self.temperature)
+        TimeLimits(step=self.step_seconds, episode=self.episode_seconds)
         # The parts check their numbers when they are built, which is hours later for big models.
         for name, least in (("crossover_std", 0), ("mutation_strength", 0), ("bins", 1)):
             found = getattr(self.preset, name)

@@ -32,6 +32,7 @@ from cycleqd_jax.runs.search import Search
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import open_sandbox
 from cycleqd_jax.sandbox.memo import MemoSandbox
+from cycleqd_jax.tasks.benchmark import sandbox_limits
 
 
 @dataclass
@@ -53,6 +54,7 @@ def evolve(
     out: Path,
     *,
     train_seconds: float = 0.0,
+    transcripts: bool = False,
     command: str = "",
     cache: Path | None = None,
     console: Console | None = None,
@@ -66,6 +68,7 @@ def evolve(
         config: what to run.
         out: the run's folder, new or of the same config.
         train_seconds: what making the experts took, for the summary.
+        transcripts: write what happened in every episode to ``out/transcripts``.
         command: what reproduces the run, for the model cards.
         cache: folder where decompositions are kept from run to run; None keeps none.
         console: where tables go; by default the terminal's.
@@ -92,15 +95,17 @@ def evolve(
         # Drawn before the search: a task with too few problems must say so now.
         final = workspace.problems("validation", config.final_problems, config.seed)
         test = workspace.problems("test", config.test_problems, config.seed)
-        with MemoSandbox(open_sandbox(config.sandbox)) as sandbox:
-            evaluator = Evaluator(workspace, sandbox)
+        limits = sandbox_limits(workspace.tasks)
+        with MemoSandbox(open_sandbox(config.sandbox, limits)) as sandbox:
+            written = folder.path / "transcripts" if transcripts else None
+            evaluator = Evaluator(workspace, sandbox, written)
             search = Search(workspace, evaluator, folder)
             search.run()
             finals = choose_finals(workspace, evaluator, search.repertoire, final)
             uniform = choose_uniform(workspace, evaluator, final)
             _record(folder, config, finals, uniform, command)
             clock.lap("evolve")
-            scores = _test(workspace, evaluator, finals, uniform, test, folder, command)
+            scores, noise = _test(workspace, evaluator, finals, uniform, test, folder, command)
         _draw(workspace, search, folder, finals.best)
         clock.lap("test")
         metrics = search.metrics()
@@ -108,6 +113,7 @@ def evolve(
             tasks=config.tasks,
             split="test",
             models=scores,
+            standard_errors=noise if config.repeats > 1 else None,
             generations=config.generations,
             evaluations=search.evaluations,
             coverage=[float(x) for x in metrics["coverage"]],
@@ -157,8 +163,11 @@ def _test(
     problems: Problems,
     folder: RunFolder,
     command: str,
-) -> dict[str, dict[str, float]]:
-    """Score the table's models, one in memory at a time, and write the two that are put forward."""
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
+    """Score the table's models, one in memory at a time, and write the two that are put forward.
+
+    Returns the scores of every model and their standard errors.
+    """
     chosen = {
         "merge/uniform": uniform,
         "cycleqd/best": finals.best,
@@ -173,11 +182,13 @@ def _test(
     models: dict[str, Callable[[], Any]] = {"base": lambda: workspace.base}
     models |= {f"expert/{e}": partial(workspace.expert_params, e) for e in workspace.experts}
     models |= {name: partial(made, choice) for name, choice in chosen.items()}
-    scores = {}
+    scores, noise = {}, {}
     with Progress("test", len(models)) as progress:
         for name, make in models.items():
             params = make()
-            row = evaluator.model(params, problems).scores[0]
+            played = evaluator.model(params, problems, phase=f"test-{name}")
+            row, errors = played.scores[0], played.standard_errors[0]
+            noise[name] = dict(zip(workspace.config.tasks, map(float, errors), strict=True))
             scores[name] = dict(zip(workspace.config.tasks, map(float, row), strict=True))
             if name in targets:
                 choice = chosen[name]
@@ -185,7 +196,7 @@ def _test(
                 like = Path(workspace.config.base)
                 export_model(targets[name], workspace.architecture, params, like=like, card=card)
             progress.advance(note=f"{name} {row.mean():.3f}")
-    return scores
+    return scores, noise
 
 
 def _card(
@@ -232,7 +243,7 @@ def _ranks(workspace: Workspace) -> str:
 
 def _show(console: Console, result: Mapping[str, Any], folder: RunFolder) -> None:
     models, tasks = result["models"], result["tasks"]
-    console.print(results_table(models, tasks))
+    console.print(results_table(models, tasks, errors=result.get("standard_errors")))
     console.print(f"archives: {folder.archives_picture}   curves: {folder.curves_picture}")
     console.print(f"best model: {folder.best}", soft_wrap=True)
     team = read_json(folder.finals_file)["team"]

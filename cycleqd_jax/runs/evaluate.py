@@ -1,6 +1,8 @@
 """Scores of models and of whole populations: attach the gains, play the problems."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,11 +12,14 @@ import numpy as np
 from cycleqd_jax.models.cache import unstack_layers
 from cycleqd_jax.models.generate import Decoder
 from cycleqd_jax.models.kernels import attach
+from cycleqd_jax.models.sampling import Sampling
 from cycleqd_jax.runs.policy import PopulationPolicy
+from cycleqd_jax.runs.transcripts import record_transcripts
 from cycleqd_jax.runs.workspace import Workspace
 from cycleqd_jax.sandbox.base import Sandbox
 from cycleqd_jax.tasks.base import Problem
-from cycleqd_jax.tasks.rollout import Rollout, rollout
+from cycleqd_jax.tasks.rollout import ERRORS_KEPT, Rollout, TimeLimits, rollout
+from cycleqd_jax.tasks.transcript import Transcript
 
 Problems = Mapping[str, Sequence[Problem]]
 
@@ -25,14 +30,18 @@ class Evaluator:
     Args:
         workspace: models, basis, tasks.
         sandbox: where the models' programs run.
+        transcripts: folder for the transcripts of all episodes; None writes none.
 
     A population of any size is cut into parts of ``config.children`` candidates, the last one
     filled up with the base model, so that everything is compiled for one size.
     """
 
-    def __init__(self, workspace: Workspace, sandbox: Sandbox) -> None:
+    def __init__(
+        self, workspace: Workspace, sandbox: Sandbox, transcripts: Path | None = None
+    ) -> None:
         self._workspace = workspace
         self._sandbox = sandbox
+        self._transcripts = transcripts
         tokenizer = workspace.tokenizer
         stops = workspace.architecture.eos_ids or (tokenizer.eos_token_id,)
         self.decoder = Decoder(
@@ -42,7 +51,8 @@ class Evaluator:
             pad_token=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
             max_new_tokens=workspace.config.max_new_tokens,
         )
-        self._policy = PopulationPolicy(self.decoder, tokenizer)
+        sampling = Sampling(temperature=workspace.config.temperature)
+        self._policy = PopulationPolicy(self.decoder, tokenizer, sampling)
         # Layers apart, as decoding wants them, once: or else every turn of the agents would slice
         # and copy all weights anew.
         self._base = unstack_layers(workspace.base)
@@ -50,7 +60,12 @@ class Evaluator:
         self._attach = jax.jit(_attach_layers)
 
     def population(
-        self, gains: Any, problems: Problems, on_progress: Callable[[int], None] = lambda done: None
+        self,
+        gains: Any,
+        problems: Problems,
+        on_progress: Callable[[int], None] = lambda done: None,
+        *,
+        phase: str = "population",
     ) -> Rollout:
         """Play the problems with every candidate.
 
@@ -58,26 +73,53 @@ class Evaluator:
             gains: tree with leaves (candidates, ...).
             problems: task name → problems.
             on_progress: called with the number of candidates that are done.
+            phase: names the rollout within the run: its seeds and its transcripts.
         """
         count = jax.tree.leaves(gains)[0].shape[0]
         size = self._workspace.config.children
         parts = []
-        for start in range(0, count, size):
-            stop = min(start + size, count)
-            part = jax.tree.map(lambda leaf, a=start, b=stop: _fill(leaf[a:b], size), gains)
-            attached = self._attach(self._base, self._basis, part)
-            self._policy.use(attached, population=True)
-            parts.append(self._play(stop - start, problems))
-            on_progress(stop)
+        with self._record(phase) as on_episode:
+            for start in range(0, count, size):
+                stop = min(start + size, count)
+                part = jax.tree.map(lambda leaf, a=start, b=stop: _fill(leaf[a:b], size), gains)
+                attached = self._attach(self._base, self._basis, part)
+                self._policy.use(attached, population=True)
+                parts.append(self._play(stop - start, problems, phase, start, on_episode))
+                on_progress(stop)
         return _join(parts)
 
-    def model(self, params: Any, problems: Problems) -> Rollout:
-        """Play the problems with one model, given as weights."""
+    def model(self, params: Any, problems: Problems, *, phase: str = "model") -> Rollout:
+        """Play the problems with one model, given as weights; ``phase`` as in `population`."""
         self._policy.use(unstack_layers(params), population=False)
-        return self._play(1, problems)
+        with self._record(phase) as on_episode:
+            return self._play(1, problems, phase, 0, on_episode)
 
-    def _play(self, candidates: int, problems: Problems) -> Rollout:
-        return rollout(self._workspace.tasks, problems, candidates, self._policy, self._sandbox)
+    def _record(self, phase: str) -> AbstractContextManager[Callable[[Transcript], None] | None]:
+        if self._transcripts is None:
+            return nullcontext()
+        return record_transcripts(self._transcripts, phase)
+
+    def _play(
+        self,
+        candidates: int,
+        problems: Problems,
+        phase: str,
+        first: int,
+        on_episode: Callable[[Transcript], None] | None,
+    ) -> Rollout:
+        config = self._workspace.config
+        return rollout(
+            self._workspace.tasks,
+            problems,
+            candidates,
+            self._policy,
+            self._sandbox,
+            repeats=config.repeats,
+            seed=f"{config.seed}/{phase}",
+            first_candidate=first,
+            limits=TimeLimits(step=config.step_seconds, episode=config.episode_seconds),
+            on_episode=on_episode,
+        )
 
 
 def _attach_layers(base: Any, basis: Any, gains: Any) -> Any:
@@ -92,10 +134,15 @@ def _fill(leaf: Any, size: int) -> Any:
 
 
 def _join(parts: Sequence[Rollout]) -> Rollout:
+    def total(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        return {name: sum(count[name] for count in counts) for name in counts[0]}
+
+    names = parts[0].attempts
     return Rollout(
-        solved={
-            name: np.concatenate([part.solved[name] for part in parts]) for name in parts[0].solved
-        },
-        seconds={phase: sum(part.seconds[phase] for part in parts) for phase in parts[0].seconds},
+        attempts={name: np.concatenate([part.attempts[name] for part in parts]) for name in names},
+        seconds=total([part.seconds for part in parts]),
         requests=sum(part.requests for part in parts),
+        late=total([part.late for part in parts]),
+        failed=total([part.failed for part in parts]),
+        errors=tuple(error for part in parts for error in part.errors)[:ERRORS_KEPT],
     )

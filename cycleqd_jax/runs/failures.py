@@ -1,7 +1,6 @@
 """What could not be scored: counted, shown, and no reason to stop while anything else could."""
 
 from dataclasses import asdict, dataclass
-from typing import Any
 
 import numpy as np
 
@@ -30,9 +29,7 @@ class Failures:
     def of(cls, played: Rollout) -> "Failures":
         """Those of one rollout."""
         lost = ~np.isfinite(played.scores).all(axis=1)
-        # Which of its episodes failed, and how, is the rollout's to say.
-        episodes, late = (sum(getattr(played, name, {}).values()) for name in ("failed", "late"))
-        return cls(int(lost.sum()), episodes, late)
+        return cls(int(lost.sum()), sum(played.failed.values()), sum(played.late.values()))
 
     def __add__(self, other: "Failures") -> "Failures":
         return Failures(
@@ -65,7 +62,7 @@ class Failures:
         """
         names = list(played.solved)
         lost = ~np.isfinite(played.scores)
-        unplayable: list[Any] = list(getattr(played, "unplayable", ()))
+        unplayable = played.unplayable
         if not (lost.any(axis=1).all() or unplayable):
             return
         count = len(played.scores)
@@ -75,9 +72,8 @@ class Failures:
             for k, name in enumerate(names)
             if lost[:, k].any() and name not in unplayable
         ]
-        errors = list(getattr(played, "errors", ()))
         raise GenerationFailed(
             f"{who}: no candidate could be scored ({'; '.join(said)}). Nothing of it was logged. "
-            + "".join(f"\n  {error}" for error in errors)
+            + "".join(f"\n  {error}" for error in played.errors)
             + "Mend the task, then start the same command again: the run goes on from here"
         )

@@ -7,7 +7,6 @@ solutions look like, not that it should answer), an expert is fine-tuned on conv
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -84,14 +83,6 @@ class Family:
 
     base: Path
     experts: dict[str, Path]
-
-
-def default_cache() -> Path:
-    """Where families are kept: ``$CYCLEQD_CACHE``, or ``~/.cache/cycleqd_jax``."""
-    chosen = os.environ.get("CYCLEQD_CACHE")
-    if chosen:
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cycleqd_jax"
 
 
 def family_folders(cache: Path, config: FamilyConfig, tasks: Sequence[Task]) -> Family:

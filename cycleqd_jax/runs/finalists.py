@@ -148,7 +148,7 @@ def _team(played: Rollout, ids: list[int], size: int) -> ChosenTeam:
 def _play(name: str, evaluator: Evaluator, pool: Any, problems: Problems) -> Rollout:
     with Progress(name, jax.tree.leaves(pool)[0].shape[0]) as progress:
         played = evaluator.population(
-            pool, problems, lambda done: progress.advance(done - progress.completed)
+            pool, problems, lambda done: progress.advance(done - progress.completed), phase=name
         )
     Failures.of(played).refuse_blindness(f"the {name}", played)
     return played

@@ -17,10 +17,16 @@ Row = dict[str, Any]
 
 
 class JsonlWriter:
-    """Appends rows to a log; creates it if it is missing and repairs a torn last line."""
+    """Appends rows to a log; creates it if it is missing and repairs a torn last line.
 
-    def __init__(self, path: Path):
+    Args:
+        path: the log.
+        plain: rows are written as JSON has them: strings may be any text, numbers must be finite.
+    """
+
+    def __init__(self, path: Path, *, plain: bool = False):
         self.path = path
+        self._plain = plain
         with explain_no_space(path):
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  (`close` closes it)
         size = self._file.seek(0, os.SEEK_END)
@@ -35,7 +41,9 @@ class JsonlWriter:
             ValueError: if JSON cannot hold the row.
             NoSpaceError: if the disk is full; the log then ends with its last whole row.
         """
-        line = json.dumps(to_json(row, "row"), allow_nan=False, ensure_ascii=False) + "\n"
+        # Any text: half of a surrogate pair too, which has no encoding of its own.
+        value = row if self._plain else to_json(row, "row")
+        line = json.dumps(value, allow_nan=False, ensure_ascii=self._plain) + "\n"
         data = memoryview(line.encode())
         descriptor = self._file.fileno()
         start = os.fstat(descriptor).st_size
@@ -68,13 +76,17 @@ class JsonlWriter:
         self.close()
 
 
-def read_jsonl(path: Path) -> list[Row]:
+def read_jsonl(path: Path, *, plain: bool = False) -> list[Row]:
     """All whole rows of a log; a missing file has none.
+
+    Args:
+        path: the log.
+        plain: it was written so, see `JsonlWriter`.
 
     Raises:
         ValueError: if a line before the last is not a JSON object; the message names file and line.
     """
-    return [row for _, row in _rows(path)]
+    return [row for _, row in _rows(path, plain)]
 
 
 def keep_rows(path: Path, keep: Callable[[Row], bool]) -> int:
@@ -109,13 +121,13 @@ def truncate_after(path: Path, generation: int) -> int:
     return keep_rows(path, is_old)
 
 
-def _rows(path: Path) -> Iterator[tuple[bytes, Row]]:
+def _rows(path: Path, plain: bool = False) -> Iterator[tuple[bytes, Row]]:
     if not path.exists():
         return
     *lines, _torn = path.read_bytes().split(b"\n")  # after the last newline: nothing, or a torn row
     for number, line in enumerate(lines, start=1):
         try:
-            row = from_json(json.loads(line))
+            row = json.loads(line) if plain else from_json(json.loads(line))
         except ValueError as error:
             raise ValueError(f"{path} line {number}: expected JSON, found {line[:80]!r}") from error
         if not isinstance(row, dict):

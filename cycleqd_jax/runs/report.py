@@ -55,7 +55,11 @@ def gain(models: Mapping[str, Scores], tasks: Sequence[str]) -> Gain | None:
 
 
 def results_table(
-    models: Mapping[str, Scores], tasks: Sequence[str], title: str = "Scores on held-out problems"
+    models: Mapping[str, Scores],
+    tasks: Sequence[str],
+    title: str = "Scores on held-out problems",
+    *,
+    errors: Mapping[str, Scores] | None = None,
 ) -> RenderableType:
     """The result, to print with `rich`: a row a model, a column a skill and the mean.
 
@@ -64,6 +68,7 @@ def results_table(
             per task, in the order of the rows; names with one prefix make a block.
         tasks: the skills, in the order of the columns.
         title: what is printed above.
+        errors: the standard errors of the scores, printed after a ±; None prints none.
 
     The best values of a column are bold. Below stands the gain of ``cycleqd/best`` over the best
     other row.
@@ -81,7 +86,8 @@ def results_table(
     names = list(rows)
     for i, name in enumerate(names):
         last_of_block = i + 1 < len(names) and _block(names[i + 1]) != _block(name)
-        cells = [_cell(rows[name][c], rows[name][c] == best[c]) for c in columns]
+        noise = {} if errors is None else errors[name]
+        cells = [_cell(rows[name][c], rows[name][c] == best[c], noise.get(c)) for c in columns]
         style = "green" if name.startswith(_OURS) else ""
         table.add_row(Text(name, style=style), *cells, end_section=last_of_block)
     ahead = gain(models, tasks)
@@ -106,6 +112,7 @@ def summary(
     coverage: Iterable[SupportsFloat],
     qd_score: Iterable[SupportsFloat],
     seconds: Mapping[str, SupportsFloat],
+    standard_errors: Mapping[str, Scores] | None = None,
 ) -> dict[str, Any]:
     """The content of ``summary.json``; write it with `cycleqd_jax.runs.files.write_json_atomic`.
 
@@ -118,6 +125,7 @@ def summary(
         coverage: share of filled cells of each archive, (K,), in [0, 1].
         qd_score: sum of qualities of each archive, (K,).
         seconds: wall time of the phases (``train``, ``evolve``, ``test``).
+        standard_errors: of the models' scores, where problems were attempted more than once.
     """
     archives = {"coverage": _floats(coverage), "qd_score": _floats(qd_score)}
     for name, values in archives.items():
@@ -125,15 +133,23 @@ def summary(
             raise ValueError(
                 f"{name}: expected a value for each of {list(tasks)}, found {len(values)}"
             )
+    noise = {} if standard_errors is None else {"standard_errors": _errors(standard_errors, tasks)}
     return {
         "tasks": list(tasks),
         "split": split,
         "models": with_means(models, tasks),
+        **noise,
         "generations": int(generations),
         "evaluations": int(evaluations),
         **archives,
         "seconds": {phase: float(s) for phase, s in seconds.items()},
     }
+
+
+def _errors(models: Mapping[str, Scores], tasks: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Every model's standard errors, with that of its ``mean``; the tasks' are independent."""
+    rows = {name: {task: float(row[task]) for task in tasks} for name, row in models.items()}
+    return {n: {**r, "mean": math.hypot(*r.values()) / len(r)} for n, r in rows.items()}
 
 
 def _floats(values: Iterable[SupportsFloat]) -> list[float]:
@@ -144,5 +160,8 @@ def _block(name: str) -> str:
     return name.partition("/")[0]
 
 
-def _cell(value: float, is_best: bool) -> Text:
-    return Text(f"{value:.3f}" if math.isfinite(value) else "–", style="bold" if is_best else "")
+def _cell(value: float, is_best: bool, error: SupportsFloat | None) -> Text:
+    shown = f"{value:.3f}" if math.isfinite(value) else "–"
+    if error is not None:
+        shown += f" ± {float(error):.3f}"
+    return Text(shown, style="bold" if is_best else "")

@@ -137,6 +137,7 @@ class Search:
                 experts,
                 self._problems,
                 lambda done: progress.advance(done - progress.completed),
+                phase="experts",
             )
         Failures.of(played).refuse_blindness("the experts", played)
         return self._name_scores(played.scores)
@@ -173,7 +174,8 @@ class Search:
         parents = np.asarray(self.repertoire.extra_scores["id"])[np.asarray(info["parents"])]
         emitted = time.perf_counter()
         tokens = self._evaluator.decoder.stats.generated_tokens
-        played = self._evaluator.population(children, self._problems)
+        phase = f"generation-{generation:06d}"
+        played = self._evaluator.population(children, self._problems, phase=phase)
         tokens = self._evaluator.decoder.stats.generated_tokens - tokens
         failed = Failures.of(played)
         failed.refuse_blindness(f"generation {generation}", played)

@@ -1,7 +1,9 @@
 """What every sandbox takes and gives: jobs, limits, outcomes."""
 
 import math
+import threading
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal, Protocol, runtime_checkable
@@ -23,7 +25,7 @@ class Limits:
 
     seconds: wall-clock time; also CPU time of each process, rounded up to a whole second.
     memory_mb: address space of each process (beyond the bare interpreter's), and resident memory
-        of all its processes together (looked at every 20 ms).
+        of all its processes together with what their sockets can hold (looked at every 20 ms).
     processes: processes and threads alive at once, the program itself included.
     file_mb: its whole private directory and /tmp, with the job's own files and stdin; hence also
         the largest file.
@@ -83,6 +85,7 @@ class Outcome:
     files: None without `Job.snapshot`; else relative path -> text of every regular file
         (undecodable bytes replaced), and "path/" -> "" for every directory. Symbolic links,
         pipes and sockets are left out and never followed.
+    seconds: how long it ran, as far as the sandbox says so; it does not tell outcomes apart.
     """
 
     status: Status
@@ -91,6 +94,7 @@ class Outcome:
     stderr: str
     files: dict[str, str] | None = None
     reason: str = ""
+    seconds: float = field(default=0.0, compare=False)
 
 
 @runtime_checkable
@@ -108,6 +112,43 @@ class Sandbox(Protocol):
     def __enter__(self) -> "Sandbox": ...
 
     def __exit__(self, *exc: object) -> None: ...
+
+
+@runtime_checkable
+class Submitting(Protocol):
+    """A sandbox that can be given jobs while it runs others."""
+
+    def submit(self, jobs: Sequence[Job]) -> list[Future[Outcome]]:
+        """Start `jobs` and return at once."""
+        ...
+
+
+def submit(sandbox: Sandbox, jobs: Sequence[Job]) -> list[Future[Outcome]]:
+    """Start `jobs`; every future is done, in whatever thread, when its own program has ended.
+
+    A sandbox that cannot do this runs them in a thread, as one batch that ends together. What `run`
+    would raise is the error of the futures it concerns. A future that is cancelled before its
+    program has started takes it from the queue.
+    """
+    if isinstance(sandbox, Submitting):
+        return sandbox.submit(jobs)
+    futures: list[Future[Outcome]] = [Future() for _ in jobs]
+    for future in futures:
+        future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            settled = list(zip(futures, sandbox.run(jobs), strict=True))
+        except Exception as error:
+            for future in futures:
+                future.set_exception(error)
+            return
+        for future, outcome in settled:
+            future.set_result(outcome)
+
+    if jobs:
+        threading.Thread(target=run, name="sandbox-batch", daemon=True).start()
+    return futures
 
 
 def _check_path(path: str) -> None:

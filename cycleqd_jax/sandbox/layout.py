@@ -8,7 +8,14 @@ from pathlib import Path
 
 HOME = "/home/user"
 _TOP = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
-_DEVICES = ("null", "zero", "full", "random", "urandom")
+# Read, /dev/full gives zeros too; mapped, /dev/zero would give memory that no limit counts.
+_DEVICES = {
+    "null": "null",
+    "zero": "full",
+    "full": "full",
+    "random": "random",
+    "urandom": "urandom",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ def machine_layout() -> Layout:
     for source in _python_folders():
         if not any(Path(source).is_relative_to(place) for _, place in binds):
             binds.append((source, source))
-    binds += [(f"/dev/{name}", f"/dev/{name}") for name in _DEVICES]
+    binds += [(f"/dev/{source}", f"/dev/{name}") for name, source in _DEVICES.items()]
     alternatives = Path("/etc/alternatives")
     if alternatives.is_dir():
         links += [(os.readlink(p), str(p)) for p in alternatives.iterdir() if p.is_symlink()]

@@ -1,11 +1,14 @@
 """The sandbox that users open: a few workers and the jobs spread over them."""
 
+import contextlib
 import os
 import select
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
 
 from .base import Job, Limits, Outcome, SandboxBroken, SandboxUnavailable
 from .inside import wire
@@ -58,15 +61,14 @@ def open_sandbox(
 class Pool:
     """Workers of one backend; made by `open_sandbox`.
 
-    One thread at a time runs jobs, others wait for it.
+    Jobs of all threads and of all calls share the workers, first come, first served.
     """
 
     def __init__(self, backend: str, limits: Limits, workers: int) -> None:
         self.backend = backend
         self.limits = limits
-        self._lock = threading.Lock()
-        self._numbers = 0
         self._workers: list[Worker] = []
+        self._dispatcher: _Dispatcher | None = None
         layout = machine_layout()
         command = COMMANDS[backend](layout)
         if command is None:
@@ -75,6 +77,7 @@ class Pool:
         try:
             for _ in range(workers):
                 self._workers.append(Worker(command, clean_environment(layout), config))
+            self._dispatcher = _Dispatcher(self._workers, limits)
             self._prove()
         except BaseException:
             self.close()
@@ -94,23 +97,37 @@ class Pool:
 
         A server that dies is started again and so are its programs, each alone; one with which it
         dies again is "killed". Raises SandboxBroken when programs can no longer be started,
-        ValueError for a job that does not fit `Limits.file_mb`.
+        ValueError for a job that does not fit `Limits.file_mb`; nothing is run then.
         """
         for job in jobs:
             self._check(job)
-        with self._lock:
-            if not self._workers:
-                raise ValueError("this sandbox is closed; open another one")
-            return _Batch(self._workers, self.limits, self._pack(jobs)).run()
+        futures = self.submit(jobs)
+        try:
+            return [future.result() for future in futures]
+        finally:
+            # Where one has failed, or the wait was interrupted, nobody waits for the others.
+            for future in futures:
+                future.cancel()
 
-    def _pack(self, jobs: Sequence[Job]) -> dict[int, bytes]:
-        # Numbers are never used twice: an answer that comes too late finds nobody.
-        packed = {}
+    def submit(self, jobs: Sequence[Job]) -> list[Future[Outcome]]:
+        """Start `jobs` and return at once; see `submit` in `sandbox.base`.
+
+        Errors are those of `run`, each the future's own. Raises ValueError for a closed sandbox.
+        """
+        if self._dispatcher is None:
+            raise ValueError("this sandbox is closed; open another one")
+        posted = []
         for job in jobs:
-            body = wire.pack_body(job.kind == "python", job.source, job.files, job.stdin)
-            packed[self._numbers] = wire.pack_job(self._numbers, job.snapshot, body)
-            self._numbers = (self._numbers + 1) % (1 << 32)
-        return packed
+            future: Future[Outcome] = Future()
+            try:
+                self._check(job)
+                body = wire.pack_body(job.kind == "python", job.source, job.files, job.stdin)
+                posted.append(_Posted(job.snapshot, body, future))
+            except ValueError as error:
+                future.set_exception(error)
+                posted.append(_Posted(False, b"", future))
+        self._dispatcher.post([one for one in posted if not one.future.done()])
+        return [one.future for one in posted]
 
     def _check(self, job: Job) -> None:
         # Every file takes whole pages of the private directory.
@@ -129,7 +146,10 @@ class Pool:
                 raise ValueError(f"Job.{name}: expected a length of at most {most}, found {found}")
 
     def close(self) -> None:
-        """End all workers; safe to repeat."""
+        """End all workers; what they have not run is an error. Safe to repeat."""
+        if self._dispatcher is not None:
+            self._dispatcher.close()
+            self._dispatcher = None
         for worker in self._workers:
             worker.close()
         self._workers = []
@@ -141,50 +161,125 @@ class Pool:
         self.close()
 
 
-class _Batch:
-    """The state of one call of run: what waits, what is under way, what is done."""
+class _Posted(NamedTuple):
+    """A job on its way to a worker, and who waits for it."""
 
-    def __init__(self, workers: list[Worker], limits: Limits, packed: dict[int, bytes]) -> None:
-        self._workers = workers
+    snapshot: bool
+    body: bytes
+    future: Future[Outcome]
+
+
+class _Dispatcher:
+    """Deals jobs to the workers from a thread of its own, where their futures are settled too."""
+
+    def __init__(self, workers: Sequence[Worker], limits: Limits) -> None:
+        self._workers = list(workers)
         self._limits = limits
-        self._packed = packed
-        self._waiting = deque(packed)
-        self._done: dict[int, Outcome] = {}
+        self._lock = threading.Lock()  # of the next two, which other threads write
+        self._arrived: list[_Posted] = []
+        self._closed = False
+        self._numbers = 0
+        self._jobs: dict[int, _Posted] = {}
+        self._waiting: deque[int] = deque()
         self._failures: dict[int, int] = {}
-        self._under_way: dict[Worker, list[int]] = {worker: [] for worker in workers}
-        self._heard = dict.fromkeys(workers, time.monotonic())
+        self._under_way: dict[Worker, list[int]] = {worker: [] for worker in self._workers}
+        self._heard = dict.fromkeys(self._workers, time.monotonic())
+        self._awake, self._wake = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # A daemon: a sandbox that nobody closes must not keep the process alive.
+        self._thread = threading.Thread(target=self._serve, name="sandbox", daemon=True)
+        self._thread.start()
 
-    def run(self) -> list[Outcome]:
-        """All outcomes, in the order of the jobs."""
-        try:
-            while len(self._done) < len(self._packed):
+    def post(self, jobs: Sequence[_Posted]) -> None:
+        """Hand jobs over; any thread may."""
+        with self._lock:
+            if self._closed:
+                raise ValueError("this sandbox is closed; open another one")
+            self._arrived += jobs
+            self._call()
+
+    def close(self) -> None:
+        """End the thread; every job that has no outcome fails."""
+        with self._lock:
+            self._closed = True
+            self._call()
+        self._thread.join()
+        os.close(self._awake)
+        os.close(self._wake)
+
+    def _call(self) -> None:
+        # A full pipe wakes the thread as well.
+        with contextlib.suppress(BlockingIOError):
+            os.write(self._wake, b"x")
+
+    def _serve(self) -> None:
+        while self._take_over():
+            try:
                 for worker in self._workers:
                     self._guard(worker, self._feed)
                 self._exchange()
                 self._restart_silent()
-        except BaseException:
-            # What is still under way would be answered into the next batch.
-            for worker, numbers in self._under_way.items():
-                if numbers:
-                    worker.stop()
-            raise
-        return [self._done[number] for number in self._packed]
+            except Exception as error:
+                # Those who wait hear of it, whatever it is; the next jobs may fare better.
+                self._give_up(error)
+        self._give_up(ValueError("this sandbox was closed while programs were waiting"))
+
+    def _take_over(self) -> bool:
+        """Number the new jobs; whether there will be others."""
+        with self._lock:
+            arrived, self._arrived = self._arrived, []
+            closed = self._closed
+        for posted in arrived:
+            # Numbers are never used twice: an answer that comes too late finds nobody.
+            self._jobs[self._numbers] = posted
+            self._waiting.append(self._numbers)
+            self._numbers = (self._numbers + 1) % (1 << 32)
+        return not closed
+
+    def _give_up(self, error: Exception) -> None:
+        # What is still under way would be answered to nobody.
+        for worker, numbers in self._under_way.items():
+            if numbers:
+                worker.stop()
+                numbers.clear()
+        jobs, self._jobs = self._jobs, {}
+        self._waiting.clear()
+        self._failures.clear()
+        for posted in jobs.values():
+            if posted.future.running() or posted.future.set_running_or_notify_cancel():
+                posted.future.set_exception(error)
+
+    def _settle(self, number: int, outcome: Outcome) -> None:
+        self._failures.pop(number, None)
+        self._jobs.pop(number).future.set_result(outcome)
+
+    def _drop_cancelled(self) -> None:
+        """Take jobs from the head of the queue that nobody waits for."""
+        while self._waiting:
+            future = self._jobs[self._waiting[0]].future
+            if future.running() or future.set_running_or_notify_cancel():
+                return
+            del self._jobs[self._waiting.popleft()]
 
     def _feed(self, worker: Worker) -> None:
-        if not worker.alive:
-            worker.start()
         numbers = self._under_way[worker]
-        while self._waiting and len(numbers) < _WINDOW:
+        while len(numbers) < _WINDOW:
+            self._drop_cancelled()
             # After a failure a job runs alone, so that nobody else is blamed for the next one.
-            if numbers and not self._failures.keys().isdisjoint([*numbers, self._waiting[0]]):
+            if not self._waiting or (
+                numbers and not self._failures.keys().isdisjoint([*numbers, self._waiting[0]])
+            ):
                 break
+            if not worker.alive:
+                worker.start()
             if not numbers:
                 self._heard[worker] = time.monotonic()
-            numbers.append(self._waiting.popleft())
-            worker.send(self._packed[numbers[-1]])
+            number = self._waiting.popleft()
+            numbers.append(number)
+            worker.send(wire.pack_job(number, self._jobs[number].snapshot, self._jobs[number].body))
 
     def _exchange(self) -> None:
         poller = select.poll()
+        poller.register(self._awake, select.POLLIN)
         by_fd: dict[int, Worker] = {}
         for worker in self._workers:
             if worker.alive and self._under_way[worker]:
@@ -192,19 +287,25 @@ class _Batch:
                 poller.register(worker.reading, select.POLLIN)
                 if worker.waiting_to_write:
                     poller.register(worker.writing, select.POLLOUT)
-        for worker in dict.fromkeys(by_fd[fd] for fd, _ in poller.poll(1000)):
+        # Without jobs only a new one, or the end, is waited for.
+        ready = [fd for fd, _ in poller.poll(1000 if self._jobs else None)]
+        if self._awake in ready:
+            os.read(self._awake, 1 << 16)
+        for worker in dict.fromkeys(by_fd[fd] for fd in ready if fd in by_fd):
             self._guard(worker, self._talk)
 
     def _talk(self, worker: Worker) -> None:
         worker.flush()
         for message in worker.receive():
-            self._heard[worker] = time.monotonic()
+            # A worker runs one program at a time: since the last answer, or since it was idle.
+            now = time.monotonic()
+            seconds, self._heard[worker] = now - self._heard[worker], now
             number = message.pop("id")
             self._under_way[worker].remove(number)
             if "error" in message:
                 self._refused(number, message["error"])
             else:
-                self._done[number] = Outcome(**message)
+                self._settle(number, Outcome(**message, seconds=seconds))
 
     def _guard(self, worker: Worker, action: Callable[[Worker], None]) -> None:
         try:
@@ -216,13 +317,12 @@ class _Batch:
 
     def _lost(self, worker: Worker, why: str) -> None:
         worker.stop()
-        numbers = self._under_way[worker]
+        numbers, self._under_way[worker] = self._under_way[worker], []
         for number in reversed(numbers):
             if self._failed(number) > 1 and len(numbers) == 1:
-                self._done[number] = Outcome("killed", -9, "", "", None, f"twice, {why}")
+                self._settle(number, Outcome("killed", -9, "", "", None, f"twice, {why}"))
             else:
                 self._waiting.appendleft(number)
-        self._under_way[worker] = []
 
     def _refused(self, number: int, why: str) -> None:
         if self._failed(number) >= _TRIES:

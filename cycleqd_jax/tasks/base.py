@@ -4,7 +4,8 @@ An episode yields :class:`Ask` when it wants the model to speak, :class:`Run` wh
 program executed in the sandbox and :class:`Call` when it waits for a service of its own; it is sent
 the answer and finally returns a score in [0, 1]. It never learns which model speaks, and it never
 waits for anything itself, so the rollout can keep the episodes of every candidate and task in one
-batch.
+batch. An episode may be closed at any ``yield``: what it opened it closes in a ``finally``, without
+yielding there. An error that it raises costs it its score; `ServiceGone` ends the run.
 """
 
 import hashlib
@@ -36,10 +37,18 @@ class Message(NamedTuple):
 
 
 class Request(NamedTuple):
-    """What a policy is asked: the next message of this conversation, spoken by ``candidate``."""
+    """What a policy is asked: the next message of this conversation, spoken by ``candidate``.
+
+    Attributes:
+        candidate: who speaks.
+        messages: the conversation so far.
+        seed: in [0, 2^31), of this turn of this attempt: a policy that draws its words draws them
+            with it, so that repeats differ and a run can be repeated.
+    """
 
     candidate: int
     messages: tuple[Message, ...]
+    seed: int = 0
 
 
 @runtime_checkable
@@ -48,6 +57,10 @@ class Policy(Protocol):
 
     def __call__(self, requests: Sequence[Request]) -> list[str]:
         """Answer every request, in order."""
+
+
+class ServiceGone(ConnectionError):  # noqa: N818 (a state of the service, not a bug)
+    """A service that all episodes of a task need is lost: no problem's fault, so the run ends."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +83,9 @@ class Call:
 
     Attributes:
         function: called in a thread; its result is the answer, its error is raised in the episode.
-        seconds: after this time the episode meets a TimeoutError. The thread cannot be ended: the
-            function has to return by itself, soon after.
+        seconds: after this time, counted from when a thread takes it up, the episode meets a
+            TimeoutError. The thread cannot be ended: the function has to return by itself, soon
+            after.
     """
 
     function: Callable[[], Any]

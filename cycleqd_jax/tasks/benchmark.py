@@ -4,9 +4,11 @@ import hashlib
 import os
 import random
 from collections.abc import Iterable
+from dataclasses import fields
 from pathlib import Path
 
-from cycleqd_jax.tasks.base import P, Split
+from cycleqd_jax.sandbox.base import Limits
+from cycleqd_jax.tasks.base import P, Split, Task
 
 # Of every ten problems; a public benchmark trains nobody here.
 _SPLIT_OF_DIGIT: tuple[Split, ...] = (
@@ -67,3 +69,14 @@ def data_folder(task: str, folder: str, files: str) -> Path:
     if not data:
         raise ValueError(f"task {task}: set CYCLEQD_DATA to a folder that holds {folder}/{files}")
     return Path(data) / folder
+
+
+def sandbox_limits(tasks: Iterable[Task]) -> Limits:
+    """What a sandbox has to allow the programs of all these tasks.
+
+    Args:
+        tasks: those with an attribute ``limits`` need that much, the others the usual `Limits`.
+    """
+    wanted = [Limits(), *(getattr(task, "limits", Limits()) for task in tasks)]
+    names = [field.name for field in fields(Limits)]
+    return Limits(**{name: max(getattr(each, name) for each in wanted) for name in names})

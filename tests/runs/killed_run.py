@@ -33,17 +33,19 @@ CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.
 class ScriptedEvaluator:
     """Scores are a function of the bits of a genotype or of a model."""
 
-    def __init__(self, workspace: Any, sandbox: Any) -> None:
+    def __init__(self, workspace: Any, sandbox: Any, transcripts: Any) -> None:
         self.tasks = workspace.config.tasks
         self.decoder = SimpleNamespace(stats=SimpleNamespace(generated_tokens=0))
 
-    def population(self, gains: Any, problems: Any, on_progress: Any = None) -> Rollout:
+    def population(
+        self, gains: Any, problems: Any, on_progress: Any = None, *, phase: str
+    ) -> Rollout:
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gains)]
         flat = np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
         self.decoder.stats.generated_tokens += 10 * len(flat)
         return self._play(flat.astype(np.float64), problems)
 
-    def model(self, params: Any, problems: Any) -> Rollout:
+    def model(self, params: Any, problems: Any, *, phase: str) -> Rollout:
         flat = np.concatenate([np.ravel(leaf)[:200] for leaf in jax.tree.leaves(params)])
         return self._play(flat[None].astype(np.float64), problems)
 
@@ -57,7 +59,13 @@ class ScriptedEvaluator:
             solved[task] = (skill[:, None] > bars).astype(np.float32)
             if task == "shell" and len(flat) == 4:  # children, not the experts
                 solved[task][np.floor(skill * 1e6) % 8 == 0] = np.nan
-        return Rollout(solved=solved, seconds={"model": 0.1, "sandbox": 0.0}, requests=0)
+        return Rollout(
+            attempts={name: found[:, :, None] for name, found in solved.items()},
+            seconds={"model": 0.1, "sandbox": 0.0},
+            requests=0,
+            late=dict.fromkeys(solved, 0),
+            failed=dict.fromkeys(solved, 0),
+        )
 
 
 def main() -> None:
@@ -79,7 +87,7 @@ def main() -> None:
     sys.addaudithook(watch)
     patched: Any = driver
     patched.Evaluator, patched.MemoSandbox = ScriptedEvaluator, nullcontext
-    patched.open_sandbox = lambda kind: None
+    patched.open_sandbox = lambda kind, limits: None
     found: list[Search] = []
     search_run = Search.run
 

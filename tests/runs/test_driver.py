@@ -89,11 +89,11 @@ def test_an_interrupted_run_resumes_bit_for_bit(
 ) -> None:
     real, calls = Evaluator.population, []
 
-    def dies_in_the_fourth_generation(self: Evaluator, *args: Any) -> Any:
+    def dies_in_the_fourth_generation(self: Evaluator, *args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == 1 + 4:  # the experts, then a call a generation
             raise KeyboardInterrupt
-        return real(self, *args)
+        return real(self, *args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "population", dies_in_the_fourth_generation)
@@ -116,8 +116,8 @@ def test_a_score_that_is_not_finite_is_recorded_and_never_enters(
 ) -> None:
     real = Evaluator.population
 
-    def loses_every_first_candidate(self: Evaluator, gains: Any, *args: Any) -> Any:
-        played = real(self, gains, *args)
+    def loses_every_first_candidate(self: Evaluator, gains: Any, *args: Any, **kwargs: Any) -> Any:
+        played = real(self, gains, *args, **kwargs)
         if len(played.scores) == config.children:
             played.scores[0, 1] = np.nan
         return played

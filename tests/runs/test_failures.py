@@ -18,7 +18,13 @@ from cycleqd_jax.tasks.rollout import Rollout
 def played(scores: Any) -> Rollout:
     table = np.asarray(scores, np.float32)
     solved = {name: table[:, [k]] for k, name in enumerate(("coding", "shell"))}
-    return Rollout(solved=solved, seconds={}, requests=0)
+    return Rollout(
+        attempts={name: found[:, :, None] for name, found in solved.items()},
+        seconds={},
+        requests=0,
+        late=dict.fromkeys(solved, 0),
+        failed=dict.fromkeys(solved, 0),
+    )
 
 
 def test_failures_are_counted_added_and_told() -> None:
@@ -49,10 +55,11 @@ def test_a_generation_without_a_score_stops_the_run_which_goes_on_when_the_task_
     short = replace(config, generations=3, checkpoint_every=1)
     real, calls = Evaluator.population, []
 
-    def fails_in_the_second_generation(self: Evaluator, *args: Any) -> Any:
+    def fails_in_the_second_generation(self: Evaluator, *args: Any, **named: Any) -> Any:
         calls.append(1)
-        found = real(self, *args)
-        found.scores[0 if len(calls) != 3 else slice(None), 0] = np.nan
+        found = real(self, *args, **named)
+        if len(calls) > 1:  # the experts come first
+            found.scores[0 if len(calls) == 2 else slice(None), 0] = np.nan
         return found
 
     with monkeypatch.context() as patch:

@@ -66,7 +66,7 @@ def test_what_is_rebuilt_is_what_was_scored(
     scored: list[Any] = []
     seen = np.random.default_rng(0)
 
-    def population(self: Evaluator, gains: Any, problems: Any, *args: Any) -> Any:
+    def population(self: Evaluator, gains: Any, problems: Any, *args: Any, **named: Any) -> Any:
         scored.append(jax.tree.map(np.asarray, gains))
         count = jax.tree.leaves(gains)[0].shape[0]
         solved = {name: seen.uniform(size=(count, 2)).astype(np.float32) for name in problems}
@@ -94,7 +94,13 @@ def test_what_is_rebuilt_is_what_was_scored(
 def driver_rollout(solved: dict[str, np.ndarray]) -> Any:
     from cycleqd_jax.tasks.rollout import Rollout
 
-    return Rollout(solved=solved, seconds={"model": 0.0, "sandbox": 0.0}, requests=0)
+    return Rollout(
+        attempts={name: found[:, :, None] for name, found in solved.items()},
+        seconds={"model": 0.0, "sandbox": 0.0},
+        requests=0,
+        late=dict.fromkeys(solved, 0),
+        failed=dict.fromkeys(solved, 0),
+    )
 
 
 def stop(*args: Any) -> Any:

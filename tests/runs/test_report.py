@@ -118,3 +118,27 @@ def test_summary_wants_a_value_for_every_archive():
             qd_score=[1, 2],
             seconds={},
         )
+
+
+def test_standard_errors_stand_beside_the_scores():
+    errors = {name: {"coding": 0.03, "shell": 0.04} for name in MODELS}
+    result = summary(
+        tasks=TASKS,
+        split="test",
+        models=MODELS,
+        generations=1,
+        evaluations=1,
+        coverage=[0, 0],
+        qd_score=[0, 0],
+        seconds={},
+        standard_errors=errors,
+    )
+    assert result["standard_errors"]["base"] == pytest.approx(
+        {"coding": 0.03, "shell": 0.04, "mean": 0.025}
+    )
+    text = io.StringIO()
+    Console(file=text, width=100).print(
+        results_table(MODELS, TASKS, errors=result["standard_errors"])
+    )
+    assert "0.750 ± 0.030" in text.getvalue()
+    assert "0.700 ± 0.025" in text.getvalue()

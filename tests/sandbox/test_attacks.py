@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cycleqd_jax.sandbox import Job, Limits, open_sandbox
+from cycleqd_jax.sandbox import Job, Limits, Outcome, open_sandbox
 
 # (name, kind, source, how it may end)
 GREEDY = [
@@ -92,7 +92,8 @@ def still_serves(sandbox):
 
 
 def test_greedy_programs_end_within_their_limits(tight, roomy):
-    outcomes, wrong = [], {}
+    outcomes: list[Outcome] = []
+    wrong: dict[str, Outcome] = {}
     # What must run into another limit than time gets time enough to do so on a busy machine.
     for sandbox, timed in ((tight, True), (roomy, False)):
         programs = [program for program in GREEDY if ("timeout" in program[3]) == timed]

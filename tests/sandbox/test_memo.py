@@ -1,5 +1,7 @@
 """The same job is run once."""
 
+from concurrent.futures import Future
+
 import pytest
 
 from cycleqd_jax.sandbox import Job, MemoSandbox, Outcome
@@ -88,6 +90,32 @@ def test_a_changed_snapshot_does_not_reach_the_next_caller():
     assert files == {"a": "1"}
     files.clear()
     assert memo.run([job])[0].files == {"a": "1"}
+
+
+def test_equal_jobs_under_way_are_run_once_and_errors_are_not_remembered():
+    class Manual(Counting):
+        def __init__(self):
+            super().__init__()
+            self.futures = []
+
+        def submit(self, jobs):
+            self.batches.append([job.source for job in jobs])
+            self.futures += [Future() for _ in jobs]
+            return self.futures[-len(jobs) :]
+
+    inner = Manual()
+    memo = MemoSandbox(inner)
+    (first,), (second, other) = memo.submit([bash("a")]), memo.submit([bash("a"), bash("b")])
+    assert inner.batches == [["a"], ["b"]]
+    inner.futures[0].set_result(Outcome("ok", 0, "A", ""))
+    assert first.result().stdout == second.result().stdout == "A"
+    assert not other.done()
+    inner.futures[1].set_exception(ValueError("no"))
+    with pytest.raises(ValueError, match="no"):
+        other.result()
+    memo.submit([bash("a"), bash("b")])
+    assert inner.batches == [["a"], ["b"], ["b"]]
+    assert (memo.hits, memo.misses) == (2, 3)
 
 
 def test_capacity_is_positive():

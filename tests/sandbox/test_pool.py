@@ -147,6 +147,40 @@ def test_outcomes_come_in_the_order_of_the_jobs(roomy):
     assert roomy.run([]) == []
 
 
+def test_submitted_jobs_end_each_on_its_own(roomy):
+    slow, *fast = roomy.submit(
+        [Job("python", "import time; time.sleep(0.8)"), *[Job("python", "print(1)")] * 6]
+    )
+    # One of them may wait in the pipe behind the slow one.
+    assert sum(future.result().stdout == "1\n" for future in fast[1:]) >= 4
+    assert 0.7 < slow.result().seconds < 10
+
+
+def test_an_unfit_job_fails_alone(roomy):
+    big = Job("bash", "", files={"big": "x" * (9 << 20)})
+    good, bad = roomy.submit([Job("bash", "echo 1"), big])
+    assert good.result().stdout == "1\n"
+    with pytest.raises(ValueError, match=r"Limits\.file_mb allows 8"):
+        bad.result()
+
+
+def test_what_is_cancelled_before_its_turn_is_not_run(backend):
+    with open_sandbox(backend, workers=1) as sandbox:
+        futures = sandbox.submit([Job("python", "import time; time.sleep(0.3)")] * 6)
+        assert futures[-1].cancel()
+        assert sandbox.run([Job("bash", "echo 1")])[0].stdout == "1\n"
+        assert all(future.done() for future in futures)
+
+
+def test_closing_fails_what_waits(backend):
+    sandbox = open_sandbox(backend, workers=1)
+    futures = sandbox.submit([Job("bash", "sleep 1")] * 4)
+    sandbox.close()
+    for future in futures:
+        with pytest.raises(ValueError, match="closed while programs were waiting"):
+            future.result(timeout=5)
+
+
 def test_threads_take_turns(roomy):
     results = {}
 

@@ -1,3 +1,7 @@
+import re
+import sys
+from pathlib import Path
+
 import pytest
 
 from cycleqd_jax.tasks.registry import BENCHMARKS, TASKS, make_tasks
@@ -13,7 +17,7 @@ def test_every_task_carries_the_name_it_is_registered_under() -> None:
 
 
 def test_unknown_names_are_all_listed_beside_the_known_ones() -> None:
-    known = ", ".join([*TASKS, *BENCHMARKS])
+    known = re.escape(", ".join([*TASKS, *BENCHMARKS]))
     message = f"expected task names among {known}, found 'poetry', 'chess'"
     with pytest.raises(ValueError, match=message):
         make_tasks(["coding", "poetry", "chess"])
@@ -38,3 +42,25 @@ def test_the_registry_cannot_be_changed() -> None:
 
 def test_no_benchmark_takes_the_name_of_a_generated_task() -> None:
     assert not TASKS.keys() & BENCHMARKS.keys()
+
+
+def write_module(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str) -> None:
+    (folder / f"{name}.py").write_text(text)
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+
+
+def test_what_is_wrong_with_an_imported_task_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "from cycleqd_jax.tasks.coding import CodingTask as Mine\nclass Empty: ...\n"
+    write_module(tmp_path, monkeypatch, "own_tasks_for_a_test", text)
+    for name, message in {
+        "no_such_module:Task": "importable from .*No module named 'no_such_module'",
+        "own_tasks_for_a_test:Other": "has no attribute 'Other'",
+        "own_tasks_for_a_test:Empty": r"expected something with a name.*found Empty",
+        "own_tasks_for_a_test:Mine": r"different names, found 'coding' \(own_.*'coding' \(coding",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            make_tasks([name, "coding"])
+    assert make_tasks(["own_tasks_for_a_test:Mine", "shell"])[0].name == "coding"

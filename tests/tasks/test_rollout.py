@@ -10,6 +10,7 @@ import pytest
 
 from cycleqd_jax.sandbox import Job, MemoSandbox, Outcome, Sandbox
 from cycleqd_jax.tasks.base import Ask, Call, Episode, Message, Problem, Request, Run, Split, Task
+from cycleqd_jax.tasks.environments import CALLERS
 from cycleqd_jax.tasks.registry import make_tasks
 from cycleqd_jax.tasks.rollout import rollout
 
@@ -61,7 +62,7 @@ class Waiting:
         try:
             value = yield Call(lambda: self.function(text), self.seconds)
         except TimeoutError:
-            return -1.0
+            return 0.5
         text = yield Ask((Message("user", f"again {value}"),))
         return float(value)
 
@@ -99,7 +100,7 @@ class Speaker:
 def value_of(request: Request) -> float:
     """Another score for every candidate, task and problem."""
     task, number = request.messages[0].content.split()
-    return request.candidate / 2 + int(number) / 32 + (task == "long") / 64
+    return request.candidate / 4 + int(number) / 32 + (task == "long") / 64
 
 
 def problems_of(*tasks: Task, count: int = 3) -> dict[str, Sequence[Problem]]:
@@ -112,7 +113,7 @@ SHORT, LONG = Counting("short"), Counting("long", turns=3)
 def test_every_episode_scores_in_its_own_place() -> None:
     policy = Speaker(lambda request: str(value_of(request)))
     played = rollout([LONG, SHORT], problems_of(LONG, SHORT), 3, policy, EchoSandbox())
-    candidates = np.arange(3)[:, None] / 2
+    candidates = np.arange(3)[:, None] / 4
     assert {name: (s.shape, s.dtype) for name, s in played.solved.items()} == {
         "long": ((3, 3), np.float32),
         "short": ((3, 4), np.float32),
@@ -136,7 +137,7 @@ def test_the_order_of_the_tasks_is_the_order_of_the_columns() -> None:
 
 def test_there_is_one_batch_of_messages_and_one_of_programs_a_round() -> None:
     policy, sandbox = Speaker(lambda request: "1"), EchoSandbox()
-    played = rollout([SHORT, LONG], problems_of(SHORT, LONG), 5, policy, sandbox)
+    played = rollout([SHORT, LONG], problems_of(SHORT, LONG), 5, policy, sandbox, patience=30)
     assert [len(batch) for batch in policy.batches] == [5 * 7, 5 * 4, 5 * 4]
     assert sandbox.batches == [5 * 7, 5 * 4, 5 * 4]
     assert played.requests == 5 * 15
@@ -144,47 +145,57 @@ def test_there_is_one_batch_of_messages_and_one_of_programs_a_round() -> None:
 
 
 def test_later_turns_hold_the_whole_conversation() -> None:
-    policy = Speaker(lambda request: f"{len(request.messages)}")
+    policy = Speaker(lambda request: f"0.{len(request.messages)}")
     rollout([LONG], problems_of(LONG, count=1), 1, policy, EchoSandbox())
     (last,) = policy.batches[-1]
-    assert [message.content for message in last.messages] == ["long 0", "1", "1", "3", "3"]
+    assert [message.content for message in last.messages] == ["long 0", "0.1", "0.1", "0.3", "0.3"]
     assert [message.role for message in last.messages] == ["user", "assistant"] * 2 + ["user"]
 
 
 def test_progress_counts_finished_episodes() -> None:
     counts: list[int] = []
     policy = Speaker(lambda request: "0")
-    rollout([SHORT, LONG], problems_of(SHORT, LONG), 2, policy, EchoSandbox(), counts.append)
-    assert counts == [6, 6, 14]
+    rollout(
+        [SHORT, LONG],
+        problems_of(SHORT, LONG),
+        2,
+        policy,
+        EchoSandbox(),
+        counts.append,
+        patience=30,
+    )
+    assert counts == [6, 14]
 
 
 def test_calls_of_a_round_wait_together_and_answer_their_own_episodes() -> None:
-    together = threading.Barrier(8, timeout=20)
+    together = threading.Barrier(48, timeout=20)
 
     def wait(text: str) -> float:
         together.wait()
         return float(text)
 
-    task, policy = Waiting(wait), Speaker(lambda request: str(request.candidate))
-    played = rollout([task], problems_of(task, count=2), 4, policy, EchoSandbox())
-    np.testing.assert_array_equal(played.solved["waiting"], [[i, i] for i in range(4)])
-    assert [len(batch) for batch in policy.batches] == [8, 8]
+    task, policy = Waiting(wait), Speaker(lambda request: str(request.candidate / 32))
+    problems = problems_of(task, count=2)
+    played = rollout([task], problems, 24, policy, EchoSandbox(), patience=30)
+    np.testing.assert_array_equal(played.solved["waiting"], [[i / 32, i / 32] for i in range(24)])
+    assert [len(batch) for batch in policy.batches] == [48, 48]
 
 
-def test_a_slow_call_fails_its_own_episode_only() -> None:
+def test_a_call_over_its_own_time_is_told_to_its_own_episode_only() -> None:
     released = threading.Event()
 
     def wait(text: str) -> float:
         if text == "1":
             released.wait(20)
-        return float(text)
+        return 1.0
 
     task, policy = Waiting(wait, seconds=0.2), Speaker(lambda request: str(request.candidate))
     started = time.monotonic()
     played = rollout([task], problems_of(task, count=1), 3, policy, EchoSandbox())
     assert time.monotonic() - started < 10
     released.set()
-    np.testing.assert_array_equal(played.solved["waiting"], [[0], [-1], [2]])
+    np.testing.assert_array_equal(played.solved["waiting"], [[1], [0.5], [1]])
+    assert (played.late, played.failed) == ({"waiting": 0}, {"waiting": 0})
 
 
 def test_a_call_that_waits_for_its_turn_is_not_late() -> None:
@@ -192,19 +203,10 @@ def test_a_call_that_waits_for_its_turn_is_not_late() -> None:
         time.sleep(0.3)
         return 1.0
 
-    # Three times as many calls as threads: the last ends after the time of one.
-    task, policy = Waiting(wait, seconds=0.8), Speaker(lambda request: "1")
-    played = rollout([task], problems_of(task, count=1), 48, policy, EchoSandbox())
-    np.testing.assert_array_equal(played.scores, np.ones((48, 1)))
-
-
-def test_the_error_of_a_call_reaches_the_caller() -> None:
-    def fail(text: str) -> float:
-        raise ValueError("no server")
-
-    task, policy = Waiting(fail), Speaker(lambda request: "1")
-    with pytest.raises(ValueError, match="no server"):
-        rollout([task], problems_of(task, count=1), 2, policy, EchoSandbox())
+    # Three times as many calls as threads: the last begins after the time of one.
+    task, policy = Waiting(wait, seconds=0.5), Speaker(lambda request: "1")
+    played = rollout([task], problems_of(task, count=3), CALLERS, policy, EchoSandbox())
+    np.testing.assert_array_equal(played.scores, np.ones((CALLERS, 1)))
 
 
 def test_no_candidates_give_no_rows() -> None:
@@ -245,7 +247,7 @@ def test_candidates_of_a_mixed_population_get_their_own_rows(sandbox: Sandbox) -
         )
 
     policy = Speaker(speak)
-    played = rollout(tasks, problems, len(skills), policy, sandbox)
+    played = rollout(tasks, problems, len(skills), policy, sandbox, patience=30)
     expected = [[float(task.name in mine) for task in tasks] for mine in skills]
     np.testing.assert_array_equal(played.scores, expected)
     # Only agents with a statement have a second turn.

@@ -1,9 +1,11 @@
 """The seccomp filter of a program: what even an unprivileged process must not ask of the kernel.
 
 A list of refusals, not of permissions: the wall is made of namespaces, this closes what they
-leave open. Sockets are refused because programs of one worker share a network namespace; memory
-that no limit counts (memfd, System V, io_uring) would let a program outgrow its share; the rest
-are corners of the kernel that no small program needs and that have had holes.
+leave open. Sockets are refused because programs of one worker share a network namespace; a pair
+of them is allowed, without an address and with the buffers it is born with. Memory that no limit
+counts would let a program outgrow its share: memfd, System V, io_uring, pages lent to a pipe, huge
+pages, and shared memory without a file, which lives on while no process has a page of it mapped.
+The rest are corners of the kernel that no small program needs and that have had holes.
 """
 
 import ctypes
@@ -14,18 +16,27 @@ import struct
 from . import kernel
 
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
-_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
+_NUMBER, _PROCESSOR, _FIRST_ARGUMENT = 0, 4, 16  # offsets; arguments have eight bytes each
 _ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "riscv64": 0xC00000F3}
 
 # Name: (number on x86-64, number on every other processor)
 _REFUSED = {
     "socket": (41, 198),
+    "bind": (49, 200),
+    "connect": (42, 203),
+    "setsockopt": (54, 208),
     "shmget": (29, 194),
     "semget": (64, 190),
     "msgget": (68, 186),
     "mq_open": (240, 180),
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
+    "vmsplice": (278, 75),
+    "splice": (275, 76),
+    "tee": (276, 77),
+    "sendfile": (40, 71),
+    "io_setup": (206, 0),
     "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426),
     "io_uring_register": (427, 427),
@@ -70,6 +81,9 @@ _REFUSED = {
     "personality": (135, 92),
 }
 _REFUSED_ON_X86 = {"iopl": 172, "ioperm": 173, "modify_ldt": 154}
+# Refused for some arguments.
+_MMAP, _SOCKETPAIR = (9, 222), (53, 199)
+_MAP_SHARED, _MAP_ANONYMOUS, _MAP_HUGETLB, _AF_UNIX = 0x1, 0x20, 0x40000, 1
 
 
 def install() -> None:
@@ -92,20 +106,33 @@ class _Program(ctypes.Structure):
 
 def _assemble(machine: str) -> bytes:
     x86 = machine == "x86_64"
-    numbers = [pair[0 if x86 else 1] for pair in _REFUSED.values()]
+    column = 0 if x86 else 1
+    numbers = [pair[column] for pair in _REFUSED.values()]
     lines = [
-        _line(_LOAD, 4),
+        _line(_LOAD, _PROCESSOR),
         _line(_EQUAL, _ARCHITECTURE[machine], 1, 0),
         _line(_RETURN, _KILL),
-        _line(_LOAD, 0),
+        _line(_LOAD, _NUMBER),
     ]
     if x86:
         # The x32 calls are the same ones under other numbers.
         lines += [_line(_AT_LEAST, 0x40000000, 0, 1), _line(_RETURN, _KILL)]
         numbers += _REFUSED_ON_X86.values()
+    nameless = _MAP_SHARED | _MAP_ANONYMOUS
+    # A jump counts the lines it leaves out; the last two lines are the verdicts.
+    by_arguments = [
+        _line(_EQUAL, _MMAP[column], 0, 4),
+        _line(_LOAD, _FIRST_ARGUMENT + 3 * 8),
+        _line(_ANY_BIT, _MAP_HUGETLB, 6, 0),
+        _line(_AND, nameless),
+        _line(_EQUAL, nameless, 4, 3),
+        _line(_EQUAL, _SOCKETPAIR[column], 0, 2),
+        _line(_LOAD, _FIRST_ARGUMENT),
+        _line(_EQUAL, _AF_UNIX, 0, 1),
+    ]
     for index, number in enumerate(numbers):
-        lines.append(_line(_EQUAL, number, len(numbers) - index, 0))
-    lines += [_line(_RETURN, _ALLOW), _line(_RETURN, _ERRNO | errno.EPERM)]
+        lines.append(_line(_EQUAL, number, len(numbers) - index + len(by_arguments), 0))
+    lines += [*by_arguments, _line(_RETURN, _ALLOW), _line(_RETURN, _ERRNO | errno.EPERM)]
     return b"".join(lines)
 
 

@@ -11,6 +11,8 @@ from . import memory, wire, zygote
 from . import snapshot as snapshots
 
 _FIRST_LOOK, _NEXT_LOOK = 0.02, 0.02
+# Sockets of the supervisor and the zygote themselves, and of programs that are cleared away.
+_OUR_SOCKETS = 10
 
 
 class Running:
@@ -18,7 +20,7 @@ class Running:
 
     pid: negative when it could not be started.
     pipes: descriptors of stdout and stderr, not blocking.
-    talking: somebody may still write to one of them.
+    busy: it may still write to one of them, or closed them and runs on.
     """
 
     def __init__(self, number: int, snapshot: bool, limits: dict[str, Any], proc: int) -> None:
@@ -31,15 +33,16 @@ class Running:
         self._texts: dict[int, bytearray] = {}
         self._open: set[int] = set()
         self._status = self._reason = self._error = ""
-        self._dead = False
+        self._dead = self._runs_on = False
+        self._socket_bytes = 0
         self._code = 0
         self._cpu = 0.0
         self._deadline = self._next_look = 0.0
 
     @property
-    def talking(self) -> bool:
-        """Whether a pipe is still open at the other end."""
-        return bool(self._open)
+    def busy(self) -> bool:
+        """Whether it takes time that the next program should have."""
+        return bool(self._open) or self._runs_on
 
     def spawn(self, channel: socket.socket, body: bytes) -> None:
         """Ask the zygote for a process and hand it the job."""
@@ -47,6 +50,7 @@ class Running:
         wire.write_all(job, body)
         os.lseek(job, 0, os.SEEK_SET)
         self._control, control = socket.socketpair()
+        self._socket_bytes = control.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
         out, out_end = os.pipe2(os.O_CLOEXEC)
         err, err_end = os.pipe2(os.O_CLOEXEC)
         now = time.monotonic()
@@ -84,6 +88,8 @@ class Running:
             elif piece:
                 continue
             self._open.discard(fd)
+            if not (self._open or self._dead):
+                self._runs_on = not memory.is_ending(self._proc, self.pid)
             return False
 
     def look(self, now: float) -> None:
@@ -95,6 +101,9 @@ class Running:
             # The interpreter's own pages are a present, here as in the limit of each process.
             most = self._limits["memory_bytes"] + memory.own_size(self._proc)
             processes, used = memory.usage(self._proc, self.pid, most)
+            # What waits in a socket belongs to no process: each counts as if it were full.
+            sockets = max(memory.sockets(self._proc) - _OUR_SOCKETS, 0)
+            used += sockets * self._socket_bytes
             if used > most:
                 self._kill("killed", "memory limit")
             elif processes > self._limits["processes"]:

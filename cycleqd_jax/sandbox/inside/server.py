@@ -101,7 +101,7 @@ class Supervisor:
                 program.look(now)
 
     def _has_room(self) -> bool:
-        busy = sum(program.talking for program in self._running.values())
+        busy = sum(program.busy for program in self._running.values())
         return busy == 0 and len(self._running) < _MAX_LEAVING
 
     def _listen(self, wanted: bool) -> None:

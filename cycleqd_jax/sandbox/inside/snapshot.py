@@ -19,6 +19,8 @@ def read_tree(folder: int, max_bytes: int) -> dict[str, str]:
     files: dict[str, str] = {}
     left = max_bytes
     pending = [""]
+    # The program may have shut its own directory; nothing in it can then be opened by name.
+    os.fchmod(folder, 0o700)
     while pending:
         prefix = pending.pop()
         if prefix.count("/") > _MAX_DEPTH:

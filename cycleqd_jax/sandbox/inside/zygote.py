@@ -34,7 +34,10 @@ class Zygote:
         self._requests = requests
         self._map_user = kernel.MapUser(proc, INNER_UID)
         self._mount_home = kernel.Mount("tmpfs", "/home", flags, options)
-        self._mount_proc = kernel.Mount("proc", "/proc", flags | kernel.MS_NOEXEC)
+        flags |= kernel.MS_NOEXEC
+        self._mount_proc = kernel.Mount("proc", "/proc", flags)
+        flags |= kernel.MS_REMOUNT | kernel.MS_BIND | kernel.MS_RDONLY
+        self._close_proc = kernel.Mount("proc", "/proc", flags)
         self._drop_capabilities = kernel.Drop()
         seconds = int(-(-limits["seconds"] // 1))
         # A hard limit one second later: the soft one is a signal that a program may ignore.
@@ -87,13 +90,14 @@ class Zygote:
             self._mount_home()
             self._mount_proc()
             _forbid_user_namespaces()
+            # Some of its files are settings of the worker: they would outlive the program.
+            self._close_proc()
             os.mkdir("/home/user")
             os.mkdir("/home/tmp")
             os.chdir("/home/user")
             if files:
                 _write_files(files)
-            if stdin:
-                _standard_input(stdin)
+            _standard_input(stdin)
             if snapshot:
                 _send_folder(control)
             os.dup2(out, 1)
@@ -138,11 +142,14 @@ def _write_files(files: list[tuple[bytes, bytes]]) -> None:
 
 
 def _standard_input(text: bytes) -> None:
-    # The zygote's own standard input is /dev/null, which serves everybody else.
-    fd = os.open(_STDIN, os.O_RDWR | os.O_CREAT, 0o600)
-    os.unlink(_STDIN)
-    wire.write_all(fd, text)
-    os.lseek(fd, 0, os.SEEK_SET)
+    # Never the zygote's: flags and locks of an open file are shared by all who inherit it.
+    if text:
+        fd = os.open(_STDIN, os.O_RDWR | os.O_CREAT, 0o600)
+        os.unlink(_STDIN)
+        wire.write_all(fd, text)
+        os.lseek(fd, 0, os.SEEK_SET)
+    else:
+        fd = os.open("/dev/null", os.O_RDONLY)
     os.dup2(fd, 0)
     os.close(fd)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any, ClassVar
 
-from cycleqd_jax.tasks.dbbench.errors import AgentError
+from cycleqd_jax.tasks.dbbench.errors import AgentError, syntax_error
 
 try:
     from sqlglot import exp
@@ -28,6 +28,7 @@ except ImportError as missing:
 
 MAX_STATEMENT = 20_000  # characters
 _MAX_TOKENS = 5_000
+_MAX_MOVES = 50_000  # from token to token, back and forth; honest statements take one a token
 _MAX_DEPTH = 40  # of brackets and CASEs
 _MAX_LIST = 100  # SQLite's functions take 127 arguments
 
@@ -41,6 +42,18 @@ _COMPARISONS: dict[type, str] = {
 }
 _ARITHMETIC = (exp.Add, exp.Sub, exp.Mul, exp.Div, exp.Mod, exp.IntDiv)
 _RENAMED: dict[type, str] = {exp.Left: "my_left", exp.Right: "my_right", exp.Rand: "my_rand"}
+
+
+class _Parser(MySQL.Parser):  # type: ignore[misc, valid-type]
+    """MySQL's parser, which gives up; in search of the ON of a JOIN it would try every subset."""
+
+    _moves = 0
+
+    def _advance(self, times: int = 1) -> None:
+        self._moves += 1
+        if self._moves > _MAX_MOVES:
+            raise _too_complex()
+        super()._advance(times)
 
 
 @dataclass(frozen=True)
@@ -109,15 +122,19 @@ def _parse(statement: str, table: str) -> exp.Expression:
     with _for_the_agent(statement):
         tokens = MySQL().tokenize(statement)
         if len(tokens) > _MAX_TOKENS or _depth(tokens) > _MAX_DEPTH:
-            raise AgentError(1436, "Thread stack overrun: the statement is too complex")
-        trees = [tree for tree in MySQL().parser().parse(tokens, statement) if tree]
+            raise _too_complex()
+        trees = [tree for tree in _Parser(dialect=MySQL()).parse(tokens, statement) if tree]
     if not trees:
         raise AgentError(1065, "Query was empty")
     if len(trees) > 1:
-        raise _syntax_error(statement.partition(";")[2].strip())
+        raise syntax_error(statement.partition(";")[2].strip())
     tree = trees[0]
     assert isinstance(tree, exp.Expression)
     return tree
+
+
+def _too_complex() -> AgentError:
+    return AgentError(1436, "Thread stack overrun: the statement is too complex")
 
 
 def _depth(tokens: list[Any]) -> int:
@@ -141,17 +158,9 @@ def _for_the_agent(statement: str) -> Iterator[None]:
         raise
     # Not only the parser's own errors: on texts that are no SQL it can meet a TypeError too.
     except Exception as error:
-        raise _syntax_error(statement) from error
+        raise syntax_error(statement) from error
     finally:
         logger.setLevel(level)
-
-
-def _syntax_error(near: str) -> AgentError:
-    return AgentError(
-        1064,
-        "You have an error in your SQL syntax; check the manual that corresponds to your MySQL "
-        f"server version for the right syntax to use near '{near[:80]}' at line 1",
-    )
 
 
 def _describe(tree: exp.Expression, table: str) -> str:
@@ -244,6 +253,19 @@ def _calculate(node: exp.Expression) -> None:
         node.set("expression", _number(node.expression))
 
 
+def _divide(node: exp.Expression) -> exp.Expression:
+    # sqlglot would make the dividend a float by copying it, at every division of a long chain.
+    _calculate(node)
+    quotient = exp.Div(
+        this=exp.Cast(this=node.this, to=exp.DataType.build("DOUBLE")),
+        expression=node.expression,
+        typed=True,
+    )
+    if isinstance(node, exp.IntDiv):
+        return exp.Cast(this=quotient, to=exp.DataType.build("BIGINT"))
+    return quotient
+
+
 def _aggregate(node: exp.Expression) -> None:
     inner = node.this
     if isinstance(inner, exp.Distinct):
@@ -302,6 +324,8 @@ def _having(node: exp.Select) -> None:
 _RULES: dict[type, Callable[[Any], exp.Expression | None]] = {
     **dict.fromkeys(_COMPARISONS, _compare),
     **dict.fromkeys(_ARITHMETIC, _calculate),
+    exp.Div: _divide,
+    exp.IntDiv: _divide,
     **dict.fromkeys(_RENAMED, _rename),
     exp.Between: _between,
     exp.In: _in,

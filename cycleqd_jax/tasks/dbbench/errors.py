@@ -33,5 +33,14 @@ class AgentError(Exception):
         super().__init__(f"{code} ({_STATES.get(code, 'HY000')}): {message}")
 
 
+def syntax_error(near: str) -> AgentError:
+    """MySQL's answer to what it cannot read from there on."""
+    return AgentError(
+        1064,
+        "You have an error in your SQL syntax; check the manual that corresponds to your MySQL "
+        f"server version for the right syntax to use near '{near[:80]}' at line 1",
+    )
+
+
 class OutOfLimits(Exception):  # noqa: N818
     """A statement took more than it may: the problem is failed."""

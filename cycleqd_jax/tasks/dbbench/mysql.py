@@ -2,7 +2,9 @@
 
 Every session has a database and an unprivileged user of its own, with random names; the names never
 reach the agent. A statement runs in a connection of its own, as in AgentBench. One that takes too
-long loses its connection, and the problem is failed.
+long loses its connection, and the problem is failed. What MariaDB has beyond MySQL is refused as a
+syntax error: its programs without a procedure can catch the end of their time, and can prepare a
+distributed transaction, which keeps its locks for ever.
 """
 
 import contextlib
@@ -10,12 +12,13 @@ import re
 import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from cycleqd_jax.tasks.base import Call
+from cycleqd_jax.tasks.base import Call, ServiceGone
 from cycleqd_jax.tasks.dbbench.backend import Steps
-from cycleqd_jax.tasks.dbbench.errors import AgentError, OutOfLimits
+from cycleqd_jax.tasks.dbbench.errors import AgentError, OutOfLimits, syntax_error
 from cycleqd_jax.tasks.dbbench.prompt import cut_reply
 from cycleqd_jax.tasks.dbbench.records import Table
 
@@ -36,12 +39,27 @@ _COLLATIONS = (
 _MODE = "NO_ENGINE_SUBSTITUTION"
 _RIGHTS = "SELECT, INSERT, UPDATE, DELETE, CREATE, DROP, ALTER, INDEX, CREATE VIEW, EXECUTE"
 # A connection that was killed, or a statement that was interrupted by a limit.
-_TOO_LONG = {1317, 1969, 2013, 3024, 1114, 1041}
+_TOO_LONG = {1317, 1969, 2013, 2020, 3024, 1114, 1041}
+_MAX_ANSWER = 1 << 24  # bytes that the server may send for one statement
+# First words of MySQL's statements; those that only MariaDB knows (XA is another's too, but of no
+# use in one connection) and those that need a connection's past are left out.
+# fmt: off
+_VERBS = frozenset({
+    "(", "ALTER", "ANALYZE", "BEGIN", "CALL", "CHECK", "CHECKSUM", "COMMIT", "CREATE",
+    "DEALLOCATE", "DELETE", "DESC", "DESCRIBE", "DO", "DROP", "EXPLAIN", "FLUSH", "GRANT",
+    "HANDLER", "HELP", "INSERT", "INSTALL", "KILL", "LOAD", "LOCK", "OPTIMIZE", "PREPARE",
+    "RELEASE", "RENAME", "REPAIR", "REPLACE", "RESET", "REVOKE", "ROLLBACK", "SAVEPOINT",
+    "SELECT", "SET", "SHOW", "SHUTDOWN", "START", "TABLE", "TRUNCATE", "UNINSTALL", "UNLOCK",
+    "UPDATE", "USE", "VALUES", "WITH",
+})
+# fmt: on
+_GAP = r"(?>\s|/\*.*?\*/|--\s[^\n]*|\#[^\n]*)*+"
+_TWO_WORDS = re.compile(rf"{_GAP}(\w+|\(){_GAP}(\w*)", re.DOTALL)
 _SERVER_GONE = {2003, 1040}  # nobody listens, or not to one more
 _MARGIN_SECONDS = 15.0  # for the database to be made
 
 
-class ServerGone(ConnectionError):  # noqa: N818 (a state of the server, not a bug)
+class ServerGone(ServiceGone):
     """The server does not take connections: that is no problem's fault, and the run must end."""
 
 
@@ -117,7 +135,7 @@ class MySQLBackend:
         account_or_admin = account or {**self._admin, "read_timeout": 60.0}
         options = {**self._address, **account_or_admin, "charset": "utf8mb4"}
         try:
-            connection = driver.connect(
+            connection = (_bounded_connection() if account else driver.connect)(
                 **options,
                 autocommit=True,
                 connect_timeout=10,
@@ -151,6 +169,8 @@ class MySQLSession:
 
     def execute(self, statement: str) -> Steps:
         """Run a model's statement; see `Session.execute`."""
+        if not _is_mysql(statement):
+            return cut_reply(str(syntax_error(statement)))
         return (yield from self._call(lambda: self._execute(statement)))
 
     def table_hash(self) -> Steps:
@@ -243,8 +263,38 @@ def _show(cursor: Any) -> str:
     return str(rows)
 
 
+def _is_mysql(statement: str) -> bool:
+    """Whether a statement begins as one of MySQL's; one without words is the server's to judge."""
+    if not statement.strip("; \t\r\n"):
+        return True
+    words = _TWO_WORDS.match(statement)
+    # A comment with an exclamation mark is no comment, and its version decides for whom.
+    if words is None or "/*!" in words[0] or "/*M!" in words[0]:
+        return False
+    verb, second = words[1].upper(), words[2].upper()
+    others = {"BEGIN": second in ("", "WORK"), "SET": second != "STATEMENT"}
+    return verb in _VERBS and others.get(verb, True)
+
+
 def _quote(name: str) -> str:
     return "`" + name.replace("`", "``") + "`"
+
+
+@lru_cache
+def _bounded_connection() -> Any:
+    """The driver's connection, for a server that may send only so much: it reads rows whole."""
+    driver = _driver()
+
+    class Bounded(driver.connections.Connection):  # type: ignore[name-defined]
+        left = _MAX_ANSWER
+
+        def _read_bytes(self, num_bytes: int) -> bytes:
+            self.left -= num_bytes
+            if self.left < 0:
+                raise driver.err.OperationalError(2020, f"more than {_MAX_ANSWER} bytes of answer")
+            return super()._read_bytes(num_bytes)
+
+    return Bounded
 
 
 def _driver() -> Any:
