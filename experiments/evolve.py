@@ -23,7 +23,7 @@ _NUMBERS = {
     "generations": "batches of children",
     "children": "children a generation",
     "problems": "search problems a child is scored on, per task",
-    "final_problems": "search problems the finalists are scored on, per task",
+    "final_problems": "validation problems that decide among the finalists, per task",
     "test_problems": "held-out problems of the final table, per task",
     "difficulty": "of the problems",
     "rank": "directions kept per matrix and expert (default: all)",
