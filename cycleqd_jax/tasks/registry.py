@@ -8,6 +8,7 @@ from cycleqd_jax.tasks.base import Task
 from cycleqd_jax.tasks.coding import CodingTask
 from cycleqd_jax.tasks.database import DatabaseTask
 from cycleqd_jax.tasks.dbbench.task import dbbench_from_environment
+from cycleqd_jax.tasks.osbench.task import osbench_from_environment
 from cycleqd_jax.tasks.shell import ShellTask
 
 # Tasks that make their own problems.
@@ -21,6 +22,9 @@ BENCHMARKS: Mapping[str, Callable[[], Task]] = MappingProxyType(
         "dbbench": dbbench_from_environment,
         "dbbench/loadable": partial(dbbench_from_environment, "loadable"),
         "dbbench/paper": partial(dbbench_from_environment, "paper"),
+        "osbench": osbench_from_environment,
+        "osbench/offline": partial(osbench_from_environment, "offline"),
+        "osbench/paper": partial(osbench_from_environment, "paper"),
     }
 )
 

@@ -10,11 +10,13 @@ import ctypes
 import errno
 import platform
 import struct
+from collections.abc import Sequence
 
 from . import kernel
 
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_FIRST_ARGUMENT = 16  # its lower half; a family is an int
 _ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7, "riscv64": 0xC00000F3}
 
 # Name: (number on x86-64, number on every other processor)
@@ -72,8 +74,10 @@ _REFUSED = {
 _REFUSED_ON_X86 = {"iopl": 172, "ioperm": 173, "modify_ldt": 154}
 
 
-def install() -> None:
+def install(families: Sequence[int] = ()) -> None:
     """From here on, for this process and all it starts; nothing takes it off again.
+
+    families: of sockets that may be made; they need a network namespace of their own.
 
     Raises OSError on a processor whose system call numbers are not known here.
     """
@@ -81,7 +85,7 @@ def install() -> None:
     if machine not in _ARCHITECTURE:
         known = ", ".join(_ARCHITECTURE)
         raise OSError(f"no seccomp table for processor {machine!r}; there is one for {known}")
-    code = _assemble(machine)
+    code = _assemble(machine, families)
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     kernel.prctl(kernel.PR_SET_SECCOMP, 2, ctypes.byref(_Program(len(code) // 8, code)))
 
@@ -90,7 +94,7 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def _assemble(machine: str) -> bytes:
+def _assemble(machine: str, families: Sequence[int]) -> bytes:
     x86 = machine == "x86_64"
     numbers = [pair[0 if x86 else 1] for pair in _REFUSED.values()]
     lines = [
@@ -103,6 +107,13 @@ def _assemble(machine: str) -> bytes:
         # The x32 calls are the same ones under other numbers.
         lines += [_line(_AT_LEAST, 0x40000000, 0, 1), _line(_RETURN, _KILL)]
         numbers += _REFUSED_ON_X86.values()
+    if families:
+        # Of a permitted family, the rest of the list is passed over as well as the refusal.
+        lines.append(_line(_EQUAL, numbers.pop(0), 0, len(families) + 3))
+        lines.append(_line(_LOAD, _FIRST_ARGUMENT))
+        for index, family in enumerate(families):
+            lines.append(_line(_EQUAL, family, len(families) - index, 0))
+        lines += [_line(_RETURN, _ERRNO | errno.EAFNOSUPPORT), _line(_RETURN, _ALLOW)]
     for index, number in enumerate(numbers):
         lines.append(_line(_EQUAL, number, len(numbers) - index, 0))
     lines += [_line(_RETURN, _ALLOW), _line(_RETURN, _ERRNO | errno.EPERM)]
