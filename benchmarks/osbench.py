@@ -40,8 +40,8 @@ def main() -> None:
     scores, seconds = timed_map(lambda problem: play(task, problem), offline)
     failed = [p.record.id for p, s in zip(offline, scores, strict=True) if s != 1.0]
     print(
-        f"common system in {opened:.2f} s; reference solutions: {sum(scores):.0f} of {len(offline)} "
-        f"in {seconds:.1f} s, not solved: {', '.join(failed) or 'none'}"
+        f"common system in {opened:.2f} s; reference solutions: {sum(scores):.0f} of "
+        f"{len(offline)} in {seconds:.1f} s, not solved: {', '.join(failed) or 'none'}"
     )
     others = [problem for problem in problems if problem.record.id in NOT_OFFLINE]
     for problem, score in zip(others, timed_map(lambda p: play(task, p), others)[0], strict=True):

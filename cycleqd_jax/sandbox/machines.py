@@ -7,11 +7,9 @@ process that holds the common system, so that it starts in some milliseconds.
 
 import contextlib
 import math
-import os
 import select
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -162,7 +160,7 @@ class Machines:
         with theirs:
             self._process = subprocess.Popen(
                 [layout.python, "-s", "-S", "-P", "-X", "utf8", "-c", code],
-                stdin=theirs,
+                stdin=theirs.fileno(),
                 stdout=self._complaints,
                 stderr=self._complaints,
                 env=clean_environment(layout),
@@ -230,16 +228,16 @@ class Machines:
         except (SandboxBroken, MachineLost) as error:
             raise SandboxUnavailable(f"No private machine works: {error}. {_ADVICE}") from error
         if turn.output != "0\n42\n":
-            raise SandboxUnavailable(f"No private machine works: 0 and 42 came as {turn}. {_ADVICE}")
+            raise SandboxUnavailable(
+                f"No private machine works: 0 and 42 came as {turn}. {_ADVICE}"
+            )
 
     def _words(self) -> str:
         self._complaints.seek(0)
         return self._complaints.read().decode("utf-8", "replace").strip()[-1000:]
 
 
-def _end(
-    channel: socket.socket, process: "subprocess.Popen[bytes]", complaints: IO[bytes]
-) -> None:
+def _end(channel: socket.socket, process: "subprocess.Popen[bytes]", complaints: IO[bytes]) -> None:
     channel.close()
     try:
         process.wait(10)

@@ -18,14 +18,12 @@ from .names import ETC, FOLDERS, NEEDED, PROGRAMS, SHARED, STDLIB_LEFT_OUT
 _PATH = ("/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin")
 _PAM_FOLDERS = ("/lib/*/security", "/usr/lib/*/security", "/usr/lib64/security", "/lib/security")
 # The loader lists what a program would load; of plugins, what a program with all of them would.
-_TRACE = (
-    'export LD_TRACE_LOADED_OBJECTS=1; LD_PRELOAD=$0 /bin/true; for f in "$@"; do "$f"; done'
-)
+_TRACE = 'export LD_TRACE_LOADED_OBJECTS=1; LD_PRELOAD=$0 /bin/true; for f in "$@"; do "$f"; done'
 _TOP_LINKS = ("bin", "sbin", "lib", "lib32", "lib64", "libx32")
 
 
 class ImageIncomplete(Exception):  # noqa: N818
-    """This machine lacks programs without which there is no system; the message names them."""
+    """Programs are lacking without which there is no system; the message names them."""
 
 
 def build(root: str) -> list[str]:

@@ -92,7 +92,7 @@ def prctl(option: int, value: int, pointer: object = None) -> None:
 
 
 def keep_capabilities(kept: Iterable[int]) -> None:
-    """This process and all it starts have at most these capabilities, root or not."""
+    """Leave this process and all it starts at most these capabilities, root or not."""
     kept = frozenset(kept)
     last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
     for number in range(last + 1):

@@ -5,6 +5,7 @@ or kill it. Its children are the first process, which reaps orphans and whose en
 others, the agent's shell on a terminal, and scripts beside it.
 """
 
+import contextlib
 import fcntl
 import os
 import resource
@@ -368,7 +369,5 @@ def _type(fd: int, data: bytes) -> int:
 
 
 def _kill_group(pid: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass

@@ -1,8 +1,7 @@
 """The contents of the private system, as tables: what is copied, and what is written anew."""
 
 # The programs of Ubuntu's smallest image and of what AgentBench v0.2 adds to it.
-PROGRAMS = tuple(
-    """
+_NAMES = """
     bash sh dash
     arch b2sum base32 base64 basename basenc cat chcon chgrp chmod chown cksum comm cp csplit cut
     date dd df dir dircolors dirname du echo env expand expr factor false fmt fold groups head
@@ -23,8 +22,8 @@ PROGRAMS = tuple(
     pwck grpck pwconv pwunconv grpconv grpunconv adduser addgroup deluser delgroup vipw nologin
     clear reset tput tset infocmp toe tabs
     perl python3 git vim vi less curl wget tree
-    """.split()
-)
+"""
+PROGRAMS = tuple(_NAMES.split())
 NEEDED = frozenset(
     ("bash", "sh", "ls", "cat", "chmod", "find", "grep", "sed", "awk", "ps", "python3", "env")
 )
@@ -55,8 +54,8 @@ STDLIB_LEFT_OUT = (
 FOLDERS = {
     "/": 0o755,
     **dict.fromkeys(
-        ("/boot", "/dev", "/etc", "/home", "/media", "/mnt", "/opt", "/proc", "/run", "/srv", "/sys",
-         "/usr", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/include", "/usr/games", "/usr/src",
+        ("/boot", "/dev", "/etc", "/home", "/media", "/mnt", "/opt", "/proc", "/run", "/srv",
+         "/sys", "/usr", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/include", "/usr/games", "/usr/src",
          "/usr/share", "/usr/local", "/usr/local/bin", "/usr/local/sbin", "/usr/local/lib",
          "/usr/local/etc", "/usr/local/games", "/usr/local/include", "/usr/local/share",
          "/usr/local/src", "/var", "/var/backups", "/var/cache", "/var/lib", "/var/local",

@@ -17,9 +17,7 @@ _ESCAPES = re.compile(
 )
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # The status of the command outlives the line, and no shell prompts after the next one.
-_END = (
-    " eval \"printf %s%s {0} {1}; PS1=${{BASH:+'\\[\\]'}} PS2=; (exit $?)\" 2> /dev/null"
-)
+_END = " eval \"printf %s%s {0} {1}; PS1=${{BASH:+'\\[\\]'}} PS2=; (exit $?)\" 2> /dev/null"
 
 
 class Turns:

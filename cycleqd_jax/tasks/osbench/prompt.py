@@ -40,8 +40,7 @@ _TRUNCATED = "[truncated because the output is too long]"
 _EXAMPLE = (
     Message(
         "user",
-        f"{INSTRUCTION}Now, my problem is:\n\n"
-        'tell me how many files are in the directory "/etc"?',
+        f'{INSTRUCTION}Now, my problem is:\n\ntell me how many files are in the directory "/etc"?',
     ),
     Message(
         "assistant",

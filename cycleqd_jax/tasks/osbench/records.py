@@ -14,10 +14,10 @@ _SCRIPTS = Path(__file__).parent / "scripts"
 # What CycleQD leaves out of the 170 problems: its `tasks/agentbench_os.py` lists the indices of
 # the other 110, in the order of its `os_interaction/configs/std.yaml` with dev.json at the end.
 _NOT_IN_PAPER = frozenset(
-    [0, 6, 9, 10, 14, 18, 20, *range(29, 34), 37, 38, 41, 47, 48, 53, 55, 56, 58, 59, 62, 64, 65]
-    + [*range(67, 75), 80, 81, 82, 85, 86, 87, 91, 95, 98, 100, 104, 106, 107, 110, 112, 113, 114]
-    + [120, 121, 122, 125, 126, 127, 130, 131, 134, 143]
-)
+    (0, 6, 9, 10, 14, 18, 20, 29, 30, 31, 32, 33, 37, 38, 41, 47, 48, 53, 55, 56, 58, 59, 62, 64,
+     65, 67, 68, 69, 70, 71, 72, 73, 74, 80, 81, 82, 85, 86, 87, 91, 95, 98, 100, 104, 106, 107,
+     110, 112, 113, 114, 120, 121, 122, 125, 126, 127, 130, 131, 134, 143)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,8 +94,8 @@ def read_records(folder: Path, *, irregular: Literal["error", "skip"] = "error")
             index += 1
     if wrong and irregular == "error":
         raise ValueError(
-            f"{len(wrong)} irregular OS problems; correct them, or say that they are to be left out "
-            "(irregular='skip', task osbench/offline):\n" + "\n".join(wrong)
+            f"{len(wrong)} irregular OS problems; correct them, or say that they are to be left "
+            "out (irregular='skip', task osbench/offline):\n" + "\n".join(wrong)
         )
     if not records:
         raise ValueError(f"{folder}: expected OS problems in data/, found none")
@@ -141,7 +141,8 @@ def _record(raw: Any, record_id: str, index: int, kind: str) -> Record:
     # Two public problems have a stray list here, in which v0.2 finds nothing to set up.
     init = create.get("init") if isinstance(create, dict) else None
     example = _optional(evaluation, "example") or _optional(raw, "example")
-    match, checks = None, ()
+    match: str | None = None
+    checks: tuple[Script | None, ...] = ()
     if "match" in evaluation:
         match = _field(evaluation, "match", str)
     elif "check" in evaluation:

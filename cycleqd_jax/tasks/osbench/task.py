@@ -156,9 +156,9 @@ def open_osbench(
 def osbench_from_environment(choice: Choice = "all") -> OSBenchTask:
     """OS interaction where the environment says it is.
 
-    ``$CYCLEQD_DATA`` is a folder with ``agentbench/os_interaction`` in it, ``$CYCLEQD_OS_IMAGE`` the
-    Docker image to use (private machines in the sandbox when it is not set). The paper's problems
-    are played in the paper's 5 rounds, the others in the benchmark's 8.
+    ``$CYCLEQD_DATA`` is a folder with ``agentbench/os_interaction`` in it, ``$CYCLEQD_OS_IMAGE``
+    the Docker image to use (private machines in the sandbox when it is not set). The paper's
+    problems are played in the paper's 5 rounds, the others in the benchmark's 8.
 
     Raises:
         ValueError: see `open_osbench`, or ``$CYCLEQD_DATA`` is not set.

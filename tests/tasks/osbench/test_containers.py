@@ -1,5 +1,6 @@
 """Docker containers, against a stand-in for the package: no engine was ever asked."""
 
+import contextlib
 import os
 import pty
 import socket
@@ -46,7 +47,8 @@ class FakeClient:
 
     def _exec_run(self, command: list[str], demux: bool, workdir: str) -> Any:
         done = subprocess.run(command, capture_output=True, cwd=workdir, check=False)
-        return done.returncode % 256, (done.stdout or None, done.stderr or None)
+        code = done.returncode
+        return code if code >= 0 else 128 - code, (done.stdout or None, done.stderr or None)
 
     def _create(self, container: str, command: list[str], **options: Any) -> dict[str, Any]:
         assert options["tty"]
@@ -66,16 +68,17 @@ class FakeClient:
         self._processes.append(process)
 
         def type_in() -> None:
-            while data := theirs.recv(4096):
-                os.write(master, data)
+            with theirs:
+                while data := theirs.recv(4096):
+                    os.write(master, data)
 
         def show() -> None:
-            try:
+            with contextlib.suppress(OSError):
                 while data := os.read(master, 4096):
                     theirs.sendall(data)
-            except OSError:
-                pass
-            theirs.shutdown(socket.SHUT_WR)
+            with contextlib.suppress(OSError):
+                theirs.shutdown(socket.SHUT_WR)
+            os.close(master)
 
         for pump in (type_in, show):
             threading.Thread(target=pump, daemon=True).start()

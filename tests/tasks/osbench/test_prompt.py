@@ -54,7 +54,5 @@ def test_long_outputs_are_cut() -> None:
     assert prompt.write_output("") == prompt.write_output("\n") == "The output of the OS is empty."
     assert prompt.write_output("x" * 800).endswith("x" * 800)
     assert prompt.write_output("x" * 801) == (
-        "The output of the OS:\n\n"
-        + "x" * 780
-        + "\n[truncated because the output is too long]"
+        "The output of the OS:\n\n" + "x" * 780 + "\n[truncated because the output is too long]"
     )

@@ -181,7 +181,9 @@ def test_many_candidates_play_together(machines: Machines, sandbox: Sandbox) -> 
     def policy(requests: Sequence[Request]) -> list[str]:
         said = []
         for request in requests:
-            assert request.messages[:7] == prompt.opening(request.messages[6].content.split("is:\n\n")[1])
+            assert request.messages[:7] == prompt.opening(
+                request.messages[6].content.split("is:\n\n")[1]
+            )
             if len(request.messages) == 7:
                 said.append(write_bash(f"ls /here*; touch /here{request.candidate}"))
             else:
@@ -236,9 +238,7 @@ def test_a_demonstration_opens_as_the_agent_reads_it(machines: Machines) -> None
     assert prompt.find_action(counted.demonstration[7].content) == prompt.Bash("ls d | wc -l")
 
 
-def test_users_name_it_and_say_where_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_users_name_it_and_say_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CYCLEQD_DATA", raising=False)
     with pytest.raises(ValueError, match="task osbench: set CYCLEQD_DATA to a folder that holds"):
         make_tasks(["osbench", "shell"])
