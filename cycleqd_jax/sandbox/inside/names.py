@@ -55,7 +55,8 @@ FOLDERS = {
     "/": 0o755,
     **dict.fromkeys(
         ("/boot", "/dev", "/etc", "/home", "/media", "/mnt", "/opt", "/proc", "/run", "/srv",
-         "/sys", "/usr", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/include", "/usr/games", "/usr/src",
+         "/sys", "/usr", "/usr/bin", "/usr/sbin", "/usr/lib", "/usr/include", "/usr/games",
+         "/usr/src",
          "/usr/share", "/usr/local", "/usr/local/bin", "/usr/local/sbin", "/usr/local/lib",
          "/usr/local/etc", "/usr/local/games", "/usr/local/include", "/usr/local/share",
          "/usr/local/src", "/var", "/var/backups", "/var/cache", "/var/lib", "/var/local",

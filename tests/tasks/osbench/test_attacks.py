@@ -3,7 +3,6 @@
 import gc
 import os
 import subprocess
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ LIMITS = MachineLimits(memory_mb=256, processes=40, disk_mb=16, output_kb=256)
 # Name: the command, and how it may end: the command or the shell is done, it is left behind when
 # its time is up, or the machine is lost.
 GREEDY = {
-    "fork bomb": (":(){ :|:& };:; wait", {"lost", "late"}),
+    "fork bomb": (":(){ :|:& };:; wait", {"lost", "late", "done"}),
     "fork bomb of many": ("for i in {1..500}; do sleep 60 & done", {"lost"}),
     "fork bomb, python": (
         "python3 -c 'import os\nwhile True:\n try: os.fork()\n except OSError: pass'", {"lost"}),
@@ -139,13 +138,12 @@ def attempt(machines: Machines, command: str, seconds: float = SECONDS) -> tuple
 
 
 def state() -> tuple[object, ...]:
-    """Descriptors, mounts, temporary files and limits of this process."""
+    """Descriptors and mounts of this process, and the name of this computer."""
     gc.collect()
     return (
         len(os.listdir("/proc/self/fd")),
         Path("/proc/self/mountinfo").read_text(),
         os.uname(),
-        {name for name in os.listdir(tempfile.gettempdir()) if "pytest" not in name},
     )
 
 
@@ -216,7 +214,7 @@ def test_the_parent_is_invisible(
         seen = attempt(
             opened,
             "cat /proc/*/environ /proc/*/cmdline | tr '\\0' '\\n'; env; set; ps -ef; cat "
-            f"/proc/*/maps | grep -v ' /usr/' | head -c 90000; ls -la / /home /root /tmp {tmp_path} "
+            f"/proc/*/maps | grep -v ' /usr/' | head -c 90000; ls -la / /home /root {tmp_path} "
             f"{Path.home()} {Path.cwd()}; cat /proc/self/mountinfo; ls -l /proc/*/fd",
             20.0,
         )[1]
