@@ -19,6 +19,7 @@ from cycleqd_jax.runs.evaluate import Evaluator
 from cycleqd_jax.runs.folder import RunFolder
 from cycleqd_jax.runs.jsonl import JsonlWriter, truncate_after
 from cycleqd_jax.runs.lineage import Birth
+from cycleqd_jax.runs.monitor import Monitor, device_memory, progress_note
 from cycleqd_jax.runs.workspace import Workspace
 from cycleqd_jax.tasks.rollout import Rollout
 
@@ -30,12 +31,16 @@ class Search:
         workspace: the checked inputs.
         evaluator: scores populations.
         folder: where logs and checkpoints go; a folder with checkpoints is resumed.
+        monitor: shows every generation, and may end the search after one.
 
     ``repertoire`` and ``expert_scores`` are there after `run`.
     """
 
-    def __init__(self, workspace: Workspace, evaluator: Evaluator, folder: RunFolder) -> None:
+    def __init__(
+        self, workspace: Workspace, evaluator: Evaluator, folder: RunFolder, monitor: Monitor
+    ) -> None:
         self._workspace = workspace
+        self._monitor = monitor
         self._evaluator = evaluator
         self._folder = folder
         self._config = workspace.config
@@ -54,7 +59,11 @@ class Search:
         return qd_metrics(self.repertoire)
 
     def run(self) -> None:
-        """Breed every generation that is not in a checkpoint yet."""
+        """Breed every generation that is not in a checkpoint yet.
+
+        Raises:
+            KeyboardInterrupt: the monitor was asked to stop; all that was bred is in a checkpoint.
+        """
         checkpoints = Checkpoints(self._folder.checkpoints)
         experts = self._experts()
         scores = self._score_experts(experts)
@@ -78,6 +87,7 @@ class Search:
             JsonlWriter(self._folder.metrics_file) as metrics,
             JsonlWriter(self._folder.lineage_file) as lineage,
             Progress("evolve", self._config.generations) as progress,
+            self._monitor.watching(done, self._config.generations),
         ):
             if restored is None:
                 self._log_experts(lineage)
@@ -85,18 +95,17 @@ class Search:
             for generation in range(done + 1, self._config.generations + 1):
                 state, row = self._generation(search, state, generation, lineage)
                 metrics.write(row)
-                progress.advance(
-                    note=f"coverage {np.mean(row['coverage']):.0%}  best "
-                    + " ".join(f"{best:.2f}" for best in row["best"])
-                    + f"  mean {row['best_mean']:.2f}"
-                )
+                progress.advance(note=progress_note(row, self._config.tasks))
+                stop = self._monitor.step(row, self.repertoire, self.expert_scores)
                 last = generation == self._config.generations
-                if last or generation % self._config.checkpoint_every == 0:
+                if stop or last or generation % self._config.checkpoint_every == 0:
                     for log in (metrics, lineage):
                         log.sync()
                     checkpoints.save(
                         generation, {"repertoire": self.repertoire, "emitter": state}, {}
                     )
+                if stop and not last:
+                    raise KeyboardInterrupt
 
     def _experts(self) -> Any:
         number = jnp.arange(len(self._config.experts), dtype=jnp.int32)
@@ -203,6 +212,7 @@ class Search:
             "elites": int(metrics["num_elites"]),
             "tokens": tokens,
             "tokens_per_second": tokens / max(played.seconds["model"], 1e-9),
+            **({"device_memory": memory} if (memory := device_memory()) else {}),
         }
 
     def _log_experts(self, lineage: JsonlWriter) -> None:
