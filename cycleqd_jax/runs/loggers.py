@@ -8,13 +8,14 @@ import importlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from cycleqd_jax.runs.watch import LoggerName
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 
 
+@runtime_checkable
 class Logger(Protocol):
     """Takes the scalars of a generation."""
 

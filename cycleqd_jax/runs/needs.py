@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType
 
 from cycleqd_jax.chips import CHIPS, Chip, chip_of
-from cycleqd_jax.merging.spectral import gain_layout
 from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.lora import is_adapter
 from cycleqd_jax.plan import Plan, make_plan
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.sharding import MODEL, POPULATION
-from cycleqd_jax.workload import Workload, abstract_arrays, device_bytes
+from cycleqd_jax.workload import Workload
 
 # The largest batch of `models.generate.Decoder`.
 _BATCH = 256
@@ -89,9 +89,8 @@ def needs_of(config: RunConfig, architecture: LlamaConfig, prompt: int) -> Needs
     kinds = (AxisType.Auto, AxisType.Auto)
     mesh = AbstractMesh((1, 1), (POPULATION, MODEL), axis_types=kinds)
     plan = make_plan(architecture, mesh, work)
-    arrays = abstract_arrays(architecture, mesh, work)
-    weights = device_bytes(arrays.params)
-    factors = device_bytes(arrays.basis) * 4 // arrays.params.embed.dtype.itemsize
+    weights = plan.memory["weights"]
+    factors = plan.memory["factors"] * 4 // jnp.dtype(architecture.dtype).itemsize
     full = sum(not is_adapter(folder) for folder in config.experts.values())
     # Base and basis are there with stacked layers for the algebra and layer by layer for decoding.
     besides = {
@@ -103,7 +102,7 @@ def needs_of(config: RunConfig, architecture: LlamaConfig, prompt: int) -> Needs
     most = min(
         len(config.experts) + config.generations * config.children, tasks * bins ** (tasks - 1)
     )
-    gains = 4 * gain_layout(arrays.basis).size
+    gains = plan.memory["gains"] // config.children
     return Needs(
         plan=plan,
         besides=besides,
