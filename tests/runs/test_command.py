@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,22 @@ def test_a_command_line_makes_the_tree() -> None:
     assert list(found.run.experts) == ["coding", "shell"]
     assert (found.out, found.transcripts, found.dry_run) == (Path("x"), True, False)
     assert (found.watch.log, found.watch.profile) == (("wandb",), True)
+
+
+def test_the_commands_of_the_readme_are_read(tmp_path: Path) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    (file,) = re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    (tmp_path / "run.yaml").write_text(file)
+    lines = re.findall(r"python experiments/evolve\.py (.*)", readme.replace("\\\n", ""))
+    assert len(lines) >= 5
+    for line in lines:
+        arguments = shlex.split(line.replace("run.yaml", str(tmp_path / "run.yaml")))
+        # The README calls every expert NAME.
+        found = [
+            each.replace("NAME=", f"expert{i}=") if each.startswith("NAME=") else each
+            for i, each in enumerate(arguments)
+        ]
+        assert len(parse_command(found).run.tasks) == 2
 
 
 def test_without_flags_the_dataclasses_decide() -> None:
