@@ -89,7 +89,7 @@ def parse_command(
         values |= read_settings(file, known)
     if name in PRESETS:  # any other is refused with the rest of the line
         values["preset"] = named_preset(name)
-    options = tyro.cli(
+    options: Any = tyro.cli(
         _options(known, values),
         args=arguments,
         description=description,
@@ -138,7 +138,8 @@ def _options(known: Mapping[str, Setting], values: Mapping[str, Any]) -> type:
     ]
     for name, setting in known.items():
         default = values.get(name, setting.default)
-        kind, metavar = setting.kind, None
+        kind: Any = setting.kind
+        metavar: str | None = None
         if name == "preset":
             choices = Literal[tuple(PRESETS)]  # type: ignore[valid-type]
             about = f"{setting.help} Names a start for --preset.*; --bins is --preset.bins."

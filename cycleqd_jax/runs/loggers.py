@@ -5,6 +5,7 @@ last checkpoint is: what was logged after it is logged again, and replaces it.
 """
 
 import importlib
+import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -63,7 +64,7 @@ class WandbLogger:
         module = _import("wandb")
         file = folder / "wandb-id"
         if not file.exists():
-            file.write_text(module.util.generate_id(), encoding="utf-8")
+            file.write_text(uuid.uuid4().hex, encoding="utf-8")
         self._run = module.init(
             project="cycleqd",
             dir=str(folder),

@@ -76,7 +76,6 @@ def test_a_resumed_run_is_the_same_run_of_wandb(
         finish=lambda: ended.append(True),
         define_metric=lambda name, step_metric=None: metrics.append(f"{name}/{step_metric}"),
     )
-    ids = iter(["first", "second"])
 
     def init(**settings: Any) -> SimpleNamespace:
         started.append(settings)
@@ -84,14 +83,12 @@ def test_a_resumed_run_is_the_same_run_of_wandb(
 
     fake = ModuleType("wandb")
     monkeypatch.setattr(fake, "init", init, raising=False)
-    util = SimpleNamespace(generate_id=lambda: next(ids))
-    monkeypatch.setattr(fake, "util", util, raising=False)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     for done in (0, 1):
         (logger,) = open_loggers(["wandb"], tmp_path, {"seed": 4}, done)
         logger.log(done + 1, {"best_mean": 0.5})
         logger.close()
-    assert [settings["id"] for settings in started] == ["first", "first"]
+    assert started[0]["id"] == started[1]["id"] == (tmp_path / "wandb-id").read_text()
     assert {settings["resume"] for settings in started} == {"allow"}
     assert started[0]["config"] == {"seed": 4}
     assert metrics[:2] == ["generation/None", "*/generation"]
