@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
+from jaxtyping import Array, Float
 
 from cycleqd_jax.merging.static import check_not_negative
 
@@ -36,8 +37,13 @@ def linear_crossover(mean: Any = 1.0, std: Any = 0.1) -> Crossover:
     return Partial(_linear, mean, std)
 
 
+def draw_weights(mean: Any, std: Any, key: jax.Array) -> Float[Array, " parents"]:
+    """The weights (w1, w2) that `linear_crossover` draws from a key."""
+    return mean + std * jax.random.normal(key, (2,), jnp.float32)
+
+
 def _linear(mean: Any, std: Any, key: jax.Array, a: Any, b: Any) -> Any:
-    weights = mean + std * jax.random.normal(key, (2,), jnp.float32)
+    weights = draw_weights(mean, std, key)
     total = weights[0] + weights[1]
     defined = jnp.abs(total) >= SMALLEST_WEIGHT_SUM
     # Each share ends in a division of two scalars: anything cheaper is computed again by XLA for

@@ -81,8 +81,13 @@ def _squared_sizes(basis: SpectralBasis) -> Any:
     return jax.tree.map(sizes, basis, is_leaf=is_factors)
 
 
+def draw_place(low: Any, high: Any, key: jax.Array) -> jax.Array:
+    """The place t on the arc, a scalar, that `slerp_crossover` draws from a key."""
+    return low + (high - low) * jax.random.uniform(key, (), jnp.float32)
+
+
 def _dense(roles: LeafRoles, low: Any, high: Any, key: jax.Array, a: Any, b: Any) -> Any:
-    t = _place(low, high, key)
+    t = draw_place(low, high, key)
 
     def merge(role: Role, x: Any, y: Any) -> jax.Array:
         return _arc(t, x, y, jnp.ones((), jnp.float32), LAYER_AXES[role])
@@ -91,12 +96,8 @@ def _dense(roles: LeafRoles, low: Any, high: Any, key: jax.Array, a: Any, b: Any
 
 
 def _spectral(sizes: Any, low: Any, high: Any, key: jax.Array, a: Any, b: Any) -> Any:
-    t = _place(low, high, key)
+    t = draw_place(low, high, key)
     return jax.tree.map(lambda x, y, size: _arc(t, x, y, size, (-1,)), a, b, sizes)
-
-
-def _place(low: Any, high: Any, key: jax.Array) -> jax.Array:
-    return low + (high - low) * jax.random.uniform(key, (), jnp.float32)
 
 
 def _arc(t: jax.Array, x: Any, y: Any, weight: jax.Array, axes: tuple[int, ...]) -> jax.Array:

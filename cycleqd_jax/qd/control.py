@@ -15,14 +15,14 @@ emitter (Fontaine et al., GECCO 2020); the authors rank by the scores of the chi
 `cycleqd_jax.qd.adaptation` says how candidates are ranked and when the search begins anew.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, UInt32
 from qdax.core.emitters.repertoire_selectors.selector import Selector
 
 from cycleqd_jax.qd.adaptation import ControlSettings, ControlState, begin, learn, turns
@@ -92,11 +92,48 @@ def breed_controlled(
         precision=jax.lax.Precision.HIGHEST,
     )
     values = squash(outputs, crossover.parameters + mutation.parameters)
+    pairs = repertoire.gather(parents[:, 0]), repertoire.gather(parents[:, 1])
+    genotypes = _mate(*pairs, archive, keys[:, 1:], values, crossover, mutation, experts)
+    children = Offspring(
+        genotypes=split_batch(genotypes, sharding),
+        parents=parents,
+        archive=archive,
+        keys=jax.random.key_data(keys[:, 1:]),
+    )
+    return children, values
+
+
+@partial(jax.jit, static_argnames="experts")
+def breed_controlled_again(
+    first: Any,
+    second: Any,
+    archive: Int[Array, " batch"],
+    keys: UInt32[Array, "batch 2 words"],
+    values: Float[Array, "batch parameters"],
+    crossover: Parametric,
+    mutation: Parametric,
+    *,
+    experts: tuple[int, ...],
+) -> Any:
+    """Children of a former batch from their recipes; see `ControlledEmitter.recreate`."""
+    drawn = jax.random.wrap_key_data(keys)
+    return _mate(first, second, archive, drawn, values, crossover, mutation, experts)
+
+
+def _mate(
+    first: Any,
+    second: Any,
+    archive: jax.Array,
+    keys: jax.Array,
+    values: Float[Array, "batch parameters"],
+    crossover: Parametric,
+    mutation: Parametric,
+    experts: tuple[int, ...],
+) -> Any:
     ours = len(crossover.parameters)
     cross = partial(jax.vmap(crossover), values[:, :ours])
     mutate = partial(jax.vmap(mutation), values[:, ours:])
-    children = mate(repertoire, parents, archive, keys[:, 1:], cross, mutate, experts, sharding)
-    return children, values
+    return mate(first, second, archive, keys, cross, mutate, experts)
 
 
 class ControlledEmitter(CycleQDEmitter):
@@ -205,8 +242,22 @@ class ControlledEmitter(CycleQDEmitter):
         return children.genotypes, {
             "parents": children.parents,
             "archive": children.archive,
+            "keys": children.keys,
             "parameters": values,
         }
+
+    def recreate(self, first: Any, second: Any, info: Mapping[str, Any]) -> Any:
+        """As `CycleQDEmitter.recreate`; ``info`` has the children's ``"parameters"`` (B, P) too."""
+        return breed_controlled_again(
+            first,
+            second,
+            info["archive"],
+            info["keys"],
+            info["parameters"],
+            self._crossover,
+            self._mutation,
+            experts=self._experts,
+        )
 
     def state_update(  # QDax's signature
         self,

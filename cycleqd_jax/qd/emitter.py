@@ -4,7 +4,7 @@ Selector, crossover, mutation and schedule are plain parts; swap any of them wit
 small class for the selector) of your own.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Sharding
 from jax.tree_util import Partial, all_leaves
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Int, Key, UInt32
 from qdax.core.emitters.emitter import Emitter, EmitterState
 from qdax.core.emitters.repertoire_selectors.selector import Selector
 
@@ -42,11 +42,14 @@ class Offspring(struct.PyTreeNode):
         parents: (B, 2) int32 pool indices at the time of birth; an index may be given to another
             elite later.
         archive: (B,) int32, the archive each child was bred in.
+        keys: (B, 2, words) uint32, data of the random keys of crossover and mutation. With the
+            parents' genotypes and the archive they are the whole recipe of a child.
     """
 
     genotypes: Any
     parents: Any
     archive: Any
+    keys: Any
 
 
 def as_pytree(operator: Callable[..., Any]) -> Any:
@@ -102,7 +105,30 @@ def breed(
     keys = split_batch(jax.random.split(key, (batch_size, 3)), sharding)
     parents = draw_parents(selector, repertoire, keys[:, 0], archive)
     cross, mutate = jax.vmap(crossover), jax.vmap(mutation)
-    return mate(repertoire, parents, archive, keys[:, 1:], cross, mutate, experts, sharding)
+    pairs = repertoire.gather(parents[:, 0]), repertoire.gather(parents[:, 1])
+    children = mate(*pairs, archive, keys[:, 1:], cross, mutate, experts)
+    return Offspring(
+        genotypes=split_batch(children, sharding),
+        parents=parents,
+        archive=archive,
+        keys=jax.random.key_data(keys[:, 1:]),
+    )
+
+
+@partial(jax.jit, static_argnames="experts")
+def breed_again(
+    first: Any,
+    second: Any,
+    archive: Int[Array, " batch"],
+    keys: UInt32[Array, "batch 2 words"],
+    crossover: Any,
+    mutation: Any,
+    *,
+    experts: tuple[int, ...],
+) -> Any:
+    """Children of a former batch from their recipes; see `CycleQDEmitter.recreate`."""
+    cross, mutate = jax.vmap(crossover), jax.vmap(mutation)
+    return mate(first, second, archive, jax.random.wrap_key_data(keys), cross, mutate, experts)
 
 
 def split_batch(x: Any, sharding: Sharding | None) -> Any:
@@ -111,31 +137,27 @@ def split_batch(x: Any, sharding: Sharding | None) -> Any:
 
 
 def mate(
-    repertoire: PooledRepertoire,
-    parents: Int[Array, "batch 2"],
+    first: Any,
+    second: Any,
     archive: Int[Array, " batch"],
     keys: Key[Array, "batch 2"],
     cross: Callable[..., Any],
     mutate: Callable[..., Any],
     experts: tuple[int, ...],
-    sharding: Sharding | None,
-) -> Offspring:
-    """Children of chosen parents.
+) -> Any:
+    """Genotypes of the children of chosen parents.
 
     Args:
-        repertoire: where the parents are.
-        parents: pool indices.
+        first: genotypes of the first parents, leaves (B, ...).
+        second: genotypes of the second parents.
         archive: archive each child is bred in.
         keys: two a child, for crossover and mutation.
         cross: ``(keys, first parents, second parents) -> children``, whole batches.
         mutate: ``(keys, children, experts) -> children``, whole batches.
         experts: as for `breed`.
-        sharding: as for `breed`.
     """
-    pairs = repertoire.gather(parents[:, 0]), repertoire.gather(parents[:, 1])
-    children = cross(keys[:, 0], *pairs)
-    children = mutate(keys[:, 1], children, jnp.asarray(experts, jnp.int32)[archive])
-    return Offspring(genotypes=split_batch(children, sharding), parents=parents, archive=archive)
+    children = cross(keys[:, 0], first, second)
+    return mutate(keys[:, 1], children, jnp.asarray(experts, jnp.int32)[archive])
 
 
 class CycleQDEmitter(Emitter):
@@ -217,8 +239,8 @@ class CycleQDEmitter(Emitter):
         """Breed a batch.
 
         Returns:
-            Children, leaves (B, ...), and ``{"parents": (B, 2), "archive": (B,)}`` as in
-            `Offspring`.
+            Children, leaves (B, ...), and ``{"parents": (B, 2), "archive": (B,), "keys":
+            (B, 2, words)}`` as in `Offspring`.
         """
         children = breed(
             repertoire,
@@ -232,7 +254,30 @@ class CycleQDEmitter(Emitter):
             batch_size=self._batch_size,
             sharding=self._sharding,
         )
-        return children.genotypes, {"parents": children.parents, "archive": children.archive}
+        return children.genotypes, {
+            "parents": children.parents,
+            "archive": children.archive,
+            "keys": children.keys,
+        }
+
+    def recreate(self, first: Any, second: Any, info: Mapping[str, Any]) -> Any:
+        """Children made earlier, bit for bit, whatever became of archives and pool.
+
+        Args:
+            first: genotypes of the first parents, leaves (B, ...).
+            second: genotypes of the second parents.
+            info: what `emit` said of the children: ``"archive"`` (B,) and ``"keys"`` (B, 2,
+                words). They may be of several batches.
+        """
+        return breed_again(
+            first,
+            second,
+            info["archive"],
+            info["keys"],
+            self._crossover,
+            self._mutation,
+            experts=self._experts,
+        )
 
     def state_update(  # QDax's signature
         self,
@@ -245,6 +290,11 @@ class CycleQDEmitter(Emitter):
     ) -> CycleQDState:
         """Count one generation."""
         return CycleQDState(generation=emitter_state.generation + 1)
+
+    @property
+    def experts(self) -> tuple[int, ...]:
+        """Expert whose directions serve each archive."""
+        return self._experts
 
     @property
     def batch_size(self) -> int:

@@ -10,15 +10,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import jax
 import numpy as np
 from qdax.core.emitters.repertoire_selectors.selector import Selector
 
 from cycleqd_jax.merging.child_svd import child_svd_mutation
-from cycleqd_jax.merging.crossover import Crossover, linear_crossover
+from cycleqd_jax.merging.crossover import Crossover, draw_weights, linear_crossover
 from cycleqd_jax.merging.expert_svd import expert_svd_mutation
 from cycleqd_jax.merging.mutation import Mutation, gaussian_mutation, no_mutation
 from cycleqd_jax.merging.singular_values import singular_value_mutation
-from cycleqd_jax.merging.slerp import slerp_crossover
+from cycleqd_jax.merging.slerp import draw_place, slerp_crossover
 from cycleqd_jax.merging.space import Space
 from cycleqd_jax.qd.emitter import CycleQDEmitter
 from cycleqd_jax.qd.grid import Grid, grid_from_experts, make_grid
@@ -103,6 +104,12 @@ class Preset:
         if self.crossover == "linear":
             return linear_crossover(self.crossover_mean, self.crossover_std)
         return slerp_crossover(model, self.slerp_low, self.slerp_high, space)
+
+    def crossover_draw(self, key: jax.Array) -> dict[str, jax.Array]:
+        """What the crossover draws from its key: ``weights`` (2,), or ``place`` on the arc ()."""
+        if self.crossover == "linear":
+            return {"weights": draw_weights(self.crossover_mean, self.crossover_std, key)}
+        return {"place": draw_place(self.slerp_low, self.slerp_high, key)}
 
     def build_mutation(
         self, model: Any, space: Space = "spectral", base: Any | None = None

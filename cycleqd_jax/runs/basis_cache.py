@@ -37,7 +37,7 @@ Decomposition = tuple[Any, DecompositionReport]
 
 def cached_decomposition(
     cache: Path | None,
-    folders: Sequence[Path],
+    checkpoints: Sequence[str],
     settings: Mapping[str, Any],
     roles: Any,
     compute: Callable[[], Decomposition],
@@ -51,7 +51,7 @@ def cached_decomposition(
     Args:
         cache: folder of the entries, under which ``bases/`` is used; None computes and keeps
             nothing.
-        folders: of the base and of every expert, in order.
+        checkpoints: digests of the base and of every expert, in order, see `checkpoint_digest`.
         settings: what else the result depends on: rank, noise, method; plain JSON values.
         roles: tree of the parameters' structure of "matrix" | "vector".
         compute: makes the decomposition.
@@ -60,31 +60,27 @@ def cached_decomposition(
     if cache is None:
         return jax.block_until_ready(compute())
     say = say or _to_stderr
-    path = cache / "bases" / f"{decomposition_key(folders, settings)}.safetensors"
+    path = cache / "bases" / f"{decomposition_key(checkpoints, settings)}.safetensors"
     if path.exists():
         try:
-            return _read(path, roles)
+            return read_basis(path, roles)
         except (ValueError, OSError, SafetensorError) as error:
             say(f"warning: {path} is damaged ({error}); the decomposition is made again")
     found = jax.block_until_ready(compute())
     try:
-        size = _write(path, *found)
+        size = _keep(path, *found)
         say(f"the decomposition is kept in {path} ({size / 1e6:,.1f} MB)")
     except OSError as error:
         say(f"warning: the decomposition is not kept for later runs: {error}")
     return found
 
 
-def decomposition_key(folders: Sequence[Path], settings: Mapping[str, Any]) -> str:
-    """Hash of the checkpoints' content in order, the settings and the format.
-
-    Raises:
-        ValueError: a folder without safetensors files.
-    """
+def decomposition_key(checkpoints: Sequence[str], settings: Mapping[str, Any]) -> str:
+    """Hash of the checkpoints' digests in order, the settings and the format."""
     parts = {
         "format": FORMAT,
         "settings": dict(settings),
-        "checkpoints": [checkpoint_digest(folder) for folder in folders],
+        "checkpoints": list(checkpoints),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
@@ -116,8 +112,31 @@ def _to_stderr(line: str) -> None:
     Console(stderr=True).print(line, markup=False, highlight=False, soft_wrap=True)
 
 
-def _write(path: Path, basis: Any, report: DecompositionReport) -> int:
-    """Write an entry, whole or not at all, and return its size in bytes.
+def _keep(path: Path, basis: Any, report: DecompositionReport) -> int:
+    """Write an entry where there is ample room, and return its size in bytes.
+
+    Raises:
+        OSError: it does not fit, or the folder is not writable.
+    """
+    size = basis_size(basis, report)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if free < 2 * size:  # a cache must not be what fills the disk
+        raise NoSpaceError(
+            f"it takes {size / 1e6:,.1f} MB and {path.parent} has {free / 1e6:,.1f} MB free; "
+            "it is kept where at least twice its size is free"
+        )
+    write_basis(path, basis, report)
+    return size
+
+
+def basis_size(basis: Any, report: DecompositionReport) -> int:
+    """Bytes of the arrays that `write_basis` writes."""
+    return sum(array.nbytes for array in (*jax.tree.leaves(basis), *report.error.values()))
+
+
+def write_basis(path: Path, basis: Any, report: DecompositionReport) -> None:
+    """Write a basis and its report, whole or not at all.
 
     Raises:
         OSError: it does not fit, or the folder is not writable.
@@ -129,23 +148,14 @@ def _write(path: Path, basis: Any, report: DecompositionReport) -> int:
         for field in _fields(node):
             arrays[f"{name}.{field}"] = np.ascontiguousarray(getattr(node, field))
     arrays |= {f"{name}.error": np.ascontiguousarray(e) for name, e in report.error.items()}
-    size = sum(array.nbytes for array in arrays.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if free < 2 * size:  # a cache must not be what fills the disk
-        raise NoSpaceError(
-            f"it takes {size / 1e6:,.1f} MB and {path.parent} has {free / 1e6:,.1f} MB free; "
-            "it is kept where at least twice its size is free"
-        )
     ranks = json.dumps(report.ranks, sort_keys=True)
     metadata = {"ranks": ranks, "sha256": _checksum(ranks, arrays)}
     with atomic_file(path) as temporary:
         save_file(arrays, temporary, metadata=metadata)
-    return size
 
 
-def _read(path: Path, roles: Any) -> Decomposition:
-    """Read an entry back.
+def read_basis(path: Path, roles: Any) -> Decomposition:
+    """Read back what `write_basis` wrote; ``roles`` as for `cached_decomposition`.
 
     Raises:
         ValueError, OSError, SafetensorError: it is not what was written.

@@ -64,14 +64,24 @@ class Restored:
 
 
 class Checkpoints:
-    """The checkpoints of one run in ``folder/generation_NNNNNN``; keeps the newest `keep`.
+    """The checkpoints of one run in ``folder/generation_NNNNNN``.
 
     Saving is synchronous (about 50 ms for 10 MB): a checkpoint exists when `save` returns.
+
+    Args:
+        folder: where they lie.
+        keep: the newest that stay.
+        keep_every: those of the generations that this number divides stay too; None: no others.
+
+    Raises:
+        ValueError: one of the numbers is below 1.
     """
 
-    def __init__(self, folder: Path, keep: int = 2):
+    def __init__(self, folder: Path, keep: int = 2, keep_every: int | None = None):
         if keep < 1:
             raise ValueError(f"keep: expected at least 1 checkpoint, found {keep}")
+        if keep_every is not None and keep_every < 1:
+            raise ValueError(f"keep_every: expected at least 1 generation, found {keep_every}")
         self.folder = folder.absolute()
         with explain_no_space(self.folder):
             self._manager = ocp.CheckpointManager(
@@ -79,6 +89,7 @@ class Checkpoints:
                 item_names=("state", "index"),
                 options=ocp.CheckpointManagerOptions(
                     max_to_keep=keep,
+                    keep_period=keep_every,
                     step_prefix=_PREFIX,
                     step_format_fixed_length=6,
                     enable_async_checkpointing=False,

@@ -1,7 +1,7 @@
 """Everything that decides the outcome of a run, in one frozen dataclass."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from cycleqd_jax.models.sampling import Sampling
@@ -21,7 +21,8 @@ class RunConfig:
         generations: how many batches of children are bred.
         children: children a generation, evaluated together.
         problems: problems of the ``search`` split a child is scored on, per task.
-        final_problems: problems of the ``search`` split the finalists are scored on, per task.
+        final_problems: problems of the ``validation`` split that decide among the finalists, per
+            task.
         finalists: elites that compete to be ``cycleqd/best``.
         test_problems: problems of the ``test`` split for the final table, per task.
         difficulty: of all problems, from 1 on; public benchmarks have none.
@@ -33,11 +34,14 @@ class RunConfig:
         repeats: attempts at every problem, for tasks and temperatures that leave room for chance.
         step_seconds: seconds that one program or call of an environment may take.
         episode_seconds: seconds that the environment may take in all of an episode.
+        team: members at most of the team of models that complement each other.
         checkpoint_every: generations between two checkpoints.
+        checkpoints_kept: the newest checkpoints that stay.
+        checkpoint_archive: generations between two checkpoints that stay for good; None: none does.
         sandbox: where the models' programs run: ``auto``, ``bubblewrap`` or ``unshare``.
 
     Raises:
-        ValueError: a number out of range, or fewer than two experts.
+        ValueError: a number out of range, fewer than two experts, or one named ``base``.
     """
 
     base: str
@@ -61,7 +65,10 @@ class RunConfig:
     repeats: int = 1
     step_seconds: float | int = 60.0
     episode_seconds: float | int = 600.0
+    team: int = 4
     checkpoint_every: int = 10
+    checkpoints_kept: int = 2
+    checkpoint_archive: int | None = None
     sandbox: str = "auto"
 
     def __post_init__(self) -> None:
@@ -70,6 +77,8 @@ class RunConfig:
                 f"expected at least two experts, found {len(self.experts)} "
                 f"({', '.join(self.experts) or 'none'}): give --experts NAME=DIR NAME=DIR …"
             )
+        if "base" in self.experts:
+            raise ValueError("experts: expected other names than 'base', which is the base's")
         for name in [
             "generations",
             "children",
@@ -80,7 +89,9 @@ class RunConfig:
             "difficulty",
             "max_new_tokens",
             "repeats",
+            "team",
             "checkpoint_every",
+            "checkpoints_kept",
         ]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
@@ -95,6 +106,32 @@ class RunConfig:
         if not self.uniform_scales:
             raise ValueError("uniform_scales: expected at least one λ to try, found none")
 
+        if self.checkpoint_archive is not None and self.checkpoint_archive < 1:
+            raise ValueError(
+                f"checkpoint_archive: expected None or at least 1, found {self.checkpoint_archive}"
+            )
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "RunConfig":
+        """The inverse of `to_json`.
+
+        Raises:
+            ValueError: a setting that is missing or unknown, or a value out of range.
+        """
+        for kind, found in ((cls, data), (Preset, data.get("preset", {}))):
+            known = {field.name for field in fields(kind)}
+            wrong = [f"no {name!r}" for name in sorted(known - set(found))]
+            wrong += [f"an unknown {name!r}" for name in sorted(set(found) - known)]
+            if wrong:
+                raise ValueError(f"config.json: expected the settings of a run, found {wrong[0]}")
+        ranges = data["preset"]["ranges"]
+        preset = {**data["preset"], "ranges": ranges and tuple(map(tuple, ranges))}
+        lists = {name: tuple(data[name]) for name in ("tasks", "uniform_scales")}
+        experts = {expert["name"]: expert["folder"] for expert in data["experts"]}
+        return cls(**{**data, **lists, "experts": experts, "preset": Preset(**preset)})
+
     def to_json(self) -> dict[str, Any]:
         """The config in JSON's types, for ``config.json``."""
-        return {**asdict(self), "experts": dict(self.experts)}
+        # A list: the order of the experts is that of their directions, and objects have none.
+        experts = [{"name": name, "folder": folder} for name, folder in self.experts.items()]
+        return {**asdict(self), "experts": experts}

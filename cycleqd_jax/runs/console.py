@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 from rich.console import Console
 
+from cycleqd_jax.runs.failures import GenerationFailed
 from cycleqd_jax.sandbox.base import SandboxBroken, SandboxUnavailable
 
 
@@ -15,7 +16,13 @@ def main_guard() -> Iterator[None]:
     """Turn the errors a user can mend into one message and exit code 2, without a traceback."""
     try:
         yield
-    except (ValueError, OSError, SandboxUnavailable, SandboxBroken) as error:
+    except (
+        ValueError,
+        OSError,
+        SandboxUnavailable,
+        SandboxBroken,
+        GenerationFailed,
+    ) as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,15 @@ from cycleqd_jax.progress import Progress
 from cycleqd_jax.runs.compatibility import compatibility_report, compatibility_tables
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.evaluate import Evaluator, Problems
-from cycleqd_jax.runs.export import ModelCard, expert_coefficients, export_model
+from cycleqd_jax.runs.export import Measured, ModelCard, export_model
 from cycleqd_jax.runs.files import read_json, write_json_atomic
 from cycleqd_jax.runs.finalists import Choice, Finals, choose_finals, choose_uniform
 from cycleqd_jax.runs.folder import RunFolder
+from cycleqd_jax.runs.lineage import FamilyTree, read_births
 from cycleqd_jax.runs.monitor import Monitor, draw_run
+from cycleqd_jax.runs.parents import check_parents
+from cycleqd_jax.runs.rebuild import digests
+from cycleqd_jax.runs.release import make_card
 from cycleqd_jax.runs.report import results_table, summary
 from cycleqd_jax.runs.search import Search
 from cycleqd_jax.runs.watch import Watch
@@ -28,9 +32,6 @@ from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import open_sandbox
 from cycleqd_jax.sandbox.memo import MemoSandbox
 from cycleqd_jax.tasks.benchmark import sandbox_limits
-
-# Finalists meet other problems of the search split: where it has many, all of them new to them.
-_FINAL_SEED = 1_000_003
 
 
 @dataclass
@@ -86,6 +87,7 @@ def evolve(
             return done
         clock = Clock()
         workspace = open_workspace(config, cache)
+        check_parents(folder.parents_file, workspace.folders, workspace.digests)
         _report_compatibility(console, workspace, folder)
         console.print(
             f"basis: rank {_ranks(workspace)} of each of {len(workspace.experts)} experts, "
@@ -93,7 +95,7 @@ def evolve(
             f"(lowest {workspace.report.minimum():.4f})"
         )
         # Drawn before the search: a task with too few problems must say so now.
-        final = workspace.problems("search", config.final_problems, config.seed + _FINAL_SEED)
+        final = workspace.problems("validation", config.final_problems, config.seed)
         test = workspace.problems("test", config.test_problems, config.seed)
         limits = sandbox_limits(workspace.tasks)
         with MemoSandbox(open_sandbox(config.sandbox, limits)) as sandbox:
@@ -104,6 +106,7 @@ def evolve(
             search.run()
             finals = choose_finals(workspace, evaluator, search.repertoire, final)
             uniform = choose_uniform(workspace, evaluator, final)
+            _record(folder, config, finals, uniform, command)
             clock.lap("evolve")
             scores, noise = _test(workspace, evaluator, finals, uniform, test, folder, command)
         _draw(workspace, search, folder, finals.best)
@@ -133,6 +136,26 @@ def _report_compatibility(console: Console, workspace: Workspace, folder: RunFol
         console.print(table)
     for note in workspace.notes:
         console.print(f"note: {note}", soft_wrap=True)
+
+
+def _record(
+    folder: RunFolder, config: RunConfig, finals: Finals, uniform: Choice, command: str
+) -> None:
+    """Write down what was chosen and on what; the gains follow from the lineage."""
+    tasks = config.tasks
+    chosen = {"best": finals.best, "aggregate": finals.aggregate, "uniform": uniform}
+    rows = {name: choice.to_json(tasks) for name, choice in chosen.items()}
+    (rows["aggregate"]["digest"],) = digests(
+        jax.tree.map(lambda leaf: leaf[None], finals.aggregate.gains)
+    )
+    finalists = {
+        str(id): dict(zip(tasks, scores, strict=True)) for id, scores in finals.finalists.items()
+    }
+    chosen_on = {"split": "validation", "problems": config.final_problems, "command": command}
+    write_json_atomic(
+        folder.finals_file,
+        {**chosen_on, **rows, "team": asdict(finals.team), "finalists": finalists},
+    )
 
 
 def _test(
@@ -171,32 +194,30 @@ def _test(
             noise[name] = dict(zip(workspace.config.tasks, map(float, errors), strict=True))
             scores[name] = dict(zip(workspace.config.tasks, map(float, row), strict=True))
             if name in targets:
-                target, choice = targets[name], chosen[name]
-                _export(workspace, target, name, params, choice, scores[name], command)
+                choice = chosen[name]
+                card = _card(workspace, folder, name, choice, scores[name], command)
+                like = Path(workspace.config.base)
+                export_model(targets[name], workspace.architecture, params, like=like, card=card)
             progress.advance(note=f"{name} {row.mean():.3f}")
     return scores, noise
 
 
-def _export(
+def _card(
     workspace: Workspace,
-    target: Path,
+    folder: RunFolder,
     name: str,
-    params: Any,
     choice: Choice,
     test: Mapping[str, float],
     command: str,
-) -> None:
-    config = workspace.config
-    card = ModelCard(
-        name=name,
-        base=config.base,
-        experts=config.experts,
-        recipe=expert_coefficients(choice.gains, workspace.basis, list(config.experts)),
-        scores={"search": dict(zip(config.tasks, choice.scores, strict=True)), "test": test},
-        command=command,
-        details=choice.details,
-    )
-    export_model(target, workspace.architecture, params, like=Path(config.base), card=card)
+) -> ModelCard:
+    config, scores = workspace.config, {}
+    if "id" in choice.details:
+        born = FamilyTree(read_births(folder.lineage_file)).birth(choice.details["id"])
+        scores["search"] = Measured(born.scores, config.problems)
+    chosen_on = dict(zip(config.tasks, choice.scores, strict=True))
+    scores["validation"] = Measured(chosen_on, config.final_problems)
+    scores["test"] = Measured(test, config.test_problems)
+    return make_card(workspace, name, choice.gains, scores, choice.details, command)
 
 
 def _draw(workspace: Workspace, search: Search, folder: RunFolder, best: Choice) -> None:
@@ -221,3 +242,11 @@ def _show(console: Console, result: Mapping[str, Any], folder: RunFolder) -> Non
     console.print(results_table(models, tasks, errors=result.get("standard_errors")))
     console.print(f"archives: {folder.archives_picture}   curves: {folder.curves_picture}")
     console.print(f"best model: {folder.best}", soft_wrap=True)
+    team = read_json(folder.finals_file)["team"]
+    if team["ids"]:
+        console.print(
+            f"team of {len(team['ids'])}: solves {team['covered']} of {team['problems']} "
+            f"validation problems together (python -m cycleqd_jax.export {folder.path} --id team "
+            "--out DIR)",
+            soft_wrap=True,
+        )

@@ -1,6 +1,7 @@
 """A found model as a Hugging Face folder with a card that says where it comes from."""
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ from cycleqd_jax.merging.layout import GainLayout
 from cycleqd_jax.merging.spectral import gain_layout
 from cycleqd_jax.models.convert import save_model
 from cycleqd_jax.runs.files import write_text_atomic
+from cycleqd_jax.runs.intervals import wilson_of_mean
 from cycleqd_jax.runs.report import Scores, with_means
 
 
@@ -34,6 +36,19 @@ class Coefficients:
 
 
 @dataclass(frozen=True)
+class Measured:
+    """Scores of a model on problems of one split.
+
+    Attributes:
+        scores: task to score.
+        problems: problems of each task.
+    """
+
+    scores: Scores
+    problems: int
+
+
+@dataclass(frozen=True)
 class ModelCard:
     """What ``README.md`` of an exported model says.
 
@@ -41,31 +56,40 @@ class ModelCard:
         name: the heading (``cycleqd/best``).
         base: the base model's name or folder.
         experts: expert name to its name or folder.
+        licences: ``base`` and expert names to the licence their folders state.
         recipe: expert name to its share in the model; see `expert_coefficients`.
-        scores: split (``search``, ``test``) to task to score.
+        scores: split (``search``, ``validation``, ``test``) to what was measured there.
         command: what reproduces the model.
         details: further facts, a line each (``generation``: 12).
+        usage: how the folder is loaded, in Markdown, where `transformers` does not load it.
     """
 
     name: str
     base: str
     experts: Mapping[str, str]
+    licences: Mapping[str, str] = field(default_factory=dict)
     recipe: Mapping[str, Coefficients] = field(default_factory=dict)
-    scores: Mapping[str, Scores] = field(default_factory=dict)
+    scores: Mapping[str, Measured] = field(default_factory=dict)
     command: str = ""
     details: Mapping[str, Any] = field(default_factory=dict)
+    usage: str = ""
 
     def render(self) -> str:
         """The card in Markdown, with the metadata block Hugging Face reads."""
+        library = "cycleqd_jax" if self.usage else "transformers"
+        stated = set(self.licences.values())
+        # One licence for all parents can be said to a machine; anything else is for a human.
+        licence = f"license: {stated.pop()}\n" if len(stated) == 1 and _is_tag(*stated) else ""
         parts = [
-            "---\nlibrary_name: transformers\npipeline_tag: text-generation\n"
-            "tags:\n- merge\n- cycleqd\n---",
+            f"---\nlibrary_name: {library}\npipeline_tag: text-generation\n"
+            f"{licence}tags:\n- merge\n- cycleqd\n---",
             f"# {self.name}",
             "A language model bred by CycleQD: quality-diversity search over merges of experts "
             "that were fine-tuned from one base ([arXiv 2410.14735](https://arxiv.org/abs/2410.14735)).",
             "## Parents\n\n" + self._parents(),
             self._scores(),
             "\n".join(f"- {key}: {value}" for key, value in self.details.items()),
+            f"## Use\n\n{self.usage}" if self.usage else "",
             f"## Reproduce\n\n```sh\n{self.command}\n```" if self.command else "",
         ]
         return "\n\n".join(part for part in parts if part) + "\n"
@@ -73,12 +97,14 @@ class ModelCard:
     def _parents(self) -> str:
         share = bool(self.recipe)
         lines = [
-            "| model | from |" + (" coefficient | 5% to 95% of the gains |" if share else ""),
-            "|---|---|" + ("---:|---:|" if share else ""),
-            f"| base | {_code(self.base)} |" + ("  |  |" if share else ""),
+            "| model | from | licence |"
+            + (" coefficient | 5% to 95% of the gains |" if share else ""),
+            "|---|---|---|" + ("---:|---:|" if share else ""),
+            f"| base | {_code(self.base)} | {self._licence('base')} |"
+            + ("  |  |" if share else ""),
         ]
         for name, source in self.experts.items():
-            row = f"| expert {name} | {_code(source)} |"
+            row = f"| expert {name} | {_code(source)} | {self._licence(name)} |"
             if share and name in self.recipe:
                 c = self.recipe[name]
                 row += f" {c.mean:.3f} | {c.low:.3f} to {c.high:.3f} |"
@@ -93,22 +119,48 @@ class ModelCard:
             )
         return text
 
+    def _licence(self, name: str) -> str:
+        return self.licences.get(name, "unknown").replace("|", "\\|")
+
     def _scores(self) -> str:
         if not self.scores:
             return ""
-        tasks = list(next(iter(self.scores.values())))
-        rows = with_means(self.scores, [task for task in tasks if task != "mean"])
-        columns = list(next(iter(rows.values())))
+        tasks = list(next(iter(self.scores.values())).scores)
         lines = [
             "## Scores",
             "",
-            "| problems | " + " | ".join(columns) + " |",
-            "|---|" + "---:|" * len(columns),
+            "| split | problems a task | " + " | ".join([*tasks, "mean"]) + " |",
+            "|---|---:|" + "---:|" * (len(tasks) + 1),
         ]
-        for split, row in rows.items():
-            cells = (f"{row[c]:.3f}" if math.isfinite(row[c]) else "not finite" for c in columns)
-            lines.append(f"| {split} | " + " | ".join(cells) + " |")
-        return "\n".join(lines)
+        for split, measured in self.scores.items():
+            row = with_means({split: measured.scores}, tasks)[split]
+            count, values = measured.problems, [row[task] for task in tasks]
+            cells = [_score(value, [value], count) for value in values]
+            cells.append(_score(row["mean"], values, count))
+            lines.append(f"| {split} | {count} | " + " | ".join(cells) + " |")
+        text = "\n".join(lines)
+        text += (
+            "\n\nIn brackets: 95% Wilson intervals over the problems, those of the tasks added in "
+            "squares for the mean."
+        )
+        if "search" in self.scores:
+            text += (
+                " The search chose this model by its search scores, which are therefore too high; "
+                "their interval does not know it."
+            )
+        return text
+
+
+def _score(value: float, parts: Sequence[float], problems: int) -> str:
+    if not math.isfinite(value):
+        return "not finite"
+    low, high = wilson_of_mean(parts, [problems] * len(parts))
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def _is_tag(licence: str) -> bool:
+    """Whether it reads like a licence's identifier, which is what the metadata block may hold."""
+    return licence != "unknown" and re.fullmatch(r"[a-z0-9][a-z0-9.\-]*", licence) is not None
 
 
 def export_model(folder: Path, config: Any, params: Any, *, like: Path, card: ModelCard) -> Path:

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import shutil
 import socket
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +19,11 @@ from cycleqd_jax.runs.files import (
     write_json_atomic,
 )
 
+FORMAT = 2
+"""Of a run folder: raise it when files mean something else than before. A config.json without a
+format is of version 0.1's first runs, 1: their logs hold no recipes and their checkpoints more than
+elites."""
+
 _ABSENT = object()
 
 
@@ -25,65 +31,30 @@ class RunFolderError(ValueError):
     """The folder cannot serve this run; the message says why and what to do. Nothing is lost."""
 
 
-class RunFolder:
-    """An opened run folder, locked against a second process until `close` (or the process ends).
-
-    Layout: ``config.json``, ``compatibility.json``, ``metrics.jsonl``, ``lineage.jsonl``,
-    ``archives.png``, ``curves.png``, ``summary.json``, ``checkpoints/``, ``best/``, ``aggregate/``.
+class RunFiles:
+    """Where the parts of a run lie in its folder.
 
     Attributes:
         path: the folder.
-        config: the run's settings as they read back from JSON.
-        resumed: True if the folder already held a run of the same settings.
     """
 
-    def __init__(self, path: Path, config: Mapping[str, Any], resumed: bool, lock: int):
+    def __init__(self, path: Path):
         self.path = path
-        self.config = config
-        self.resumed = resumed
-        self._lock: int | None = lock
-
-    @classmethod
-    def open(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> "RunFolder":
-        """Creates the folder and writes its config, or takes up the run of equal config there.
-
-        Raises:
-            RunFolderError: if the path is a file, is not writable, is in use by another process,
-                holds other files but no run, or holds a run of another config.
-            NoSpaceError: if the disk is full.
-        """
-        path = Path(path)
-        wanted = from_json(to_json(config, "config"))
-        _refuse_foreign(path)
-        lock = _create_and_lock(path)
-        try:
-            resumed = _claim(path, wanted)
-        except BaseException:
-            _unlock(lock)
-            raise
-        return cls(path, wanted, resumed, lock)
-
-    def close(self) -> None:
-        """Gives the lock back; the files stay."""
-        if self._lock is not None:
-            _unlock(self._lock)
-            self._lock = None
-
-    def __enter__(self) -> "RunFolder":
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @property
     def config_file(self) -> Path:
         """The settings the run was started with."""
         return self.path / "config.json"
+
+    @property
+    def parents_file(self) -> Path:
+        """Digests of the models the run began with."""
+        return self.path / "parents.json"
+
+    @property
+    def finals_file(self) -> Path:
+        """The models that were put forward, and why."""
+        return self.path / "finals.json"
 
     @property
     def compatibility_file(self) -> Path:
@@ -129,6 +100,65 @@ class RunFolder:
     def aggregate(self) -> Path:
         """Folder of the merge of every archive's best model, in Hugging Face layout."""
         return self.path / "aggregate"
+
+
+class RunFolder(RunFiles):
+    """An opened run folder, locked against a second process until `close` (or the process ends).
+
+    Layout: ``config.json``, ``parents.json``, ``compatibility.json``, ``metrics.jsonl``,
+    ``lineage.jsonl``, ``finals.json``, ``archives.png``, ``curves.png``, ``summary.json``,
+    ``checkpoints/``, ``best/``, ``aggregate/``.
+
+    Attributes:
+        path: the folder.
+        config: the run's settings as they read back from JSON.
+        resumed: True if the folder already held a run of the same settings.
+    """
+
+    def __init__(self, path: Path, config: Mapping[str, Any], resumed: bool, lock: int):
+        super().__init__(path)
+        self.config = config
+        self.resumed = resumed
+        self._lock: int | None = lock
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str], config: Mapping[str, Any]) -> "RunFolder":
+        """Creates the folder and writes its config, or takes up the run of equal config there.
+
+        Raises:
+            RunFolderError: if the path is a file, is not writable, is in use by another process,
+                holds other files but no run, or holds a run of another config or of another
+                version of the library.
+            NoSpaceError: if the disk is full.
+        """
+        path = Path(path)
+        wanted = from_json(to_json(config, "config"))
+        _refuse_foreign(path)
+        lock = _create_and_lock(path)
+        try:
+            resumed = _claim(path, wanted)
+            _clear_drafts(path)
+        except BaseException:
+            _unlock(lock)
+            raise
+        return cls(path, wanted, resumed, lock)
+
+    def close(self) -> None:
+        """Gives the lock back; the files stay."""
+        if self._lock is not None:
+            _unlock(self._lock)
+            self._lock = None
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
 
 def _refuse_foreign(path: Path) -> None:
@@ -193,10 +223,7 @@ def _claim(path: Path, wanted: Mapping[str, Any]) -> bool:
     """Writes the config into a fresh folder or compares it with the one found; True: resumed."""
     config_file = path / "config.json"
     if config_file.exists():
-        try:
-            found = read_json(config_file)
-        except ValueError as error:
-            raise RunFolderError(f"{error}; restore the file or name another folder") from error
+        found = read_config(path)
         differing = differing_keys(found, wanted)
         if differing:
             raise RunFolderError(
@@ -206,8 +233,43 @@ def _claim(path: Path, wanted: Mapping[str, Any]) -> bool:
                 "or remove the folder to start over"
             )
         return True
-    write_json_atomic(config_file, wanted, sort_keys=True)
+    write_json_atomic(config_file, {"format": FORMAT, **wanted}, sort_keys=True)
     return False
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of the run in a folder, whoever works in it.
+
+    Raises:
+        RunFolderError: there is no run, its config is damaged, or it was written by another version
+            of the library.
+    """
+    config_file = path / "config.json"
+    if not config_file.is_file():
+        raise RunFolderError(f"{path}: expected the folder of a run, found no config.json")
+    try:
+        found = read_json(config_file)
+    except ValueError as error:
+        raise RunFolderError(f"{error}; restore the file or name another folder") from error
+    if not isinstance(found, dict):
+        raise RunFolderError(f"{config_file}: expected a JSON object; restore the file")
+    version = found.pop("format", 1)
+    if version != FORMAT:
+        age = "an older" if isinstance(version, int) and version < FORMAT else "a newer"
+        raise RunFolderError(
+            f"{path}: a run of {age} version of cycleqd_jax: expected the format {FORMAT}, found "
+            f"{version}. Nothing was changed; use the version that began it, or another folder"
+        )
+    return found
+
+
+def _clear_drafts(path: Path) -> None:
+    """Removes what a killed process was writing; the names are those of drafts only."""
+    for draft in path.glob(".*"):
+        if draft.is_dir() and draft.name.startswith((".best.", ".aggregate.")):
+            shutil.rmtree(draft, ignore_errors=True)
+        elif draft.name.endswith(".tmp"):
+            draft.unlink(missing_ok=True)
 
 
 def differing_keys(found: Any, wanted: Any) -> list[str]:
@@ -227,6 +289,12 @@ def _flatten(value: Any, prefix: str = "") -> list[tuple[str, Any]]:
             pair
             for key, item in value.items()
             for pair in _flatten(item, f"{prefix}.{key}" if prefix else key)
+        ]
+    if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
+        return [
+            pair
+            for number, item in enumerate(value)
+            for pair in _flatten(item, f"{prefix}[{number}]")
         ]
     return [(prefix or "config", value)]
 

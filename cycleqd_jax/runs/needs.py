@@ -20,8 +20,6 @@ from cycleqd_jax.workload import Workload
 
 # The largest batch of `models.generate.Decoder`.
 _BATCH = 256
-# Two stay, one is being written.
-_CHECKPOINTS = 3
 # `best/` and `aggregate/`.
 _EXPORTS = 2
 
@@ -102,11 +100,15 @@ def needs_of(config: RunConfig, architecture: LlamaConfig, prompt: int) -> Needs
     most = min(
         len(config.experts) + config.generations * config.children, tasks * bins ** (tasks - 1)
     )
+    # Those that stay, and one that is being written.
+    checkpoints = config.checkpoints_kept + 1
+    if config.checkpoint_archive is not None:
+        checkpoints += config.generations // config.checkpoint_archive
     gains = plan.memory["gains"] // config.children
     return Needs(
         plan=plan,
         besides=besides,
-        out=_EXPORTS * weights + _CHECKPOINTS * most * gains,
+        out=_EXPORTS * weights + checkpoints * most * gains,
         cache=factors,
     )
 

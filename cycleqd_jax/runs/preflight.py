@@ -45,7 +45,7 @@ _MENDABLE = (ValueError, OSError, ImportError, SandboxUnavailable, SandboxBroken
 # What a run draws: split and setting, as in `driver.evolve`.
 _DRAWN: tuple[tuple[Split, str], ...] = (
     ("search", "problems"),
-    ("search", "final_problems"),
+    ("validation", "final_problems"),
     ("test", "test_problems"),
 )
 

@@ -10,16 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from qdax.core.map_elites import MAPElites
 
-from cycleqd_jax.merging.spectral import expert_gains, gain_layout
 from cycleqd_jax.progress import Progress
+from cycleqd_jax.qd.compact import compact, expand
 from cycleqd_jax.qd.metrics import acceptance, qd_metrics
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
+from cycleqd_jax.runs.breeding import first_parents, make_emitter
 from cycleqd_jax.runs.checkpoint import Checkpoints
 from cycleqd_jax.runs.evaluate import Evaluator
+from cycleqd_jax.runs.failures import Failures
 from cycleqd_jax.runs.folder import RunFolder
 from cycleqd_jax.runs.jsonl import JsonlWriter, truncate_after
-from cycleqd_jax.runs.lineage import Birth
+from cycleqd_jax.runs.lineage import Birth, LineageError, read_births
 from cycleqd_jax.runs.monitor import Monitor, device_memory, progress_note
+from cycleqd_jax.runs.rebuild import digests
 from cycleqd_jax.runs.workspace import Workspace
 from cycleqd_jax.tasks.rollout import Rollout
 
@@ -46,13 +49,14 @@ class Search:
         self._config = workspace.config
         self._problems = workspace.problems("search", self._config.problems, self._config.seed)
         self._key = jax.random.key(self._config.seed)
+        self._draw = jax.jit(jax.vmap(self._config.preset.crossover_draw))
         self.repertoire: CyclicRepertoire
         self.expert_scores: Mapping[str, list[float]] = {}
 
     @property
     def evaluations(self) -> int:
         """Models evaluated: the experts and every child."""
-        return len(self._config.experts) + self._config.generations * self._config.children
+        return self._evaluations(self._config.generations)
 
     def metrics(self) -> dict[str, Any]:
         """QD metrics of the repertoire as it is."""
@@ -62,89 +66,117 @@ class Search:
         """Breed every generation that is not in a checkpoint yet.
 
         Raises:
+            GenerationFailed: none of the experts or of a generation's children could be scored.
+            CheckpointError: no checkpoint can be read, or it is of another structure.
+            LineageError: the log lacks what the checkpoint rests on.
+            NoSpaceError: the disk is full.
             KeyboardInterrupt: the monitor was asked to stop; all that was bred is in a checkpoint.
         """
-        checkpoints = Checkpoints(self._folder.checkpoints)
-        experts = self._experts()
-        scores = self._score_experts(experts)
-        search = self._algorithm(scores)
+        config = self._config
+        with Checkpoints(
+            self._folder.checkpoints, config.checkpoints_kept, config.checkpoint_archive
+        ) as checkpoints:
+            self._run(checkpoints)
+
+    def _run(self, checkpoints: Checkpoints) -> None:
+        config = self._config
+        experts = first_parents(self._workspace)
+        resuming = checkpoints.latest() is not None
+        scores = self._logged_scores() if resuming else self._score_experts(experts)
+        self._emitter = make_emitter(self._workspace, scores)
+        search = MAPElites(
+            scoring_function=None,
+            emitter=self._emitter,
+            metrics_function=qd_metrics,
+            repertoire_init=partial(CyclicRepertoire.init, keys_extra_scores=("id",)),
+        )
         self.repertoire, state, _ = search.init_ask_tell(
             genotypes=experts,
             fitnesses=jnp.asarray(scores),
             descriptors=jnp.asarray(scores),
-            centroids=self._config.preset.build_grid(scores),
+            centroids=config.preset.build_grid(scores),
             key=self._key,
             extra_scores={"id": jnp.arange(len(scores), dtype=jnp.int32)},
         )
         done = 0
-        restored = checkpoints.restore({"repertoire": self.repertoire, "emitter": state})
-        if restored is not None:
-            done = restored.generation
-            self.repertoire, state = restored.state["repertoire"], restored.state["emitter"]
+        failures = Failures()
+        if resuming:
+            template = {"repertoire": compact(self.repertoire), "emitter": state}
+            restored = checkpoints.restore(template)
+            assert restored is not None
+            done, failures = restored.generation, Failures(**restored.counters["failures"])
+            self.repertoire = expand(restored.state["repertoire"])
+            state = restored.state["emitter"]
         for path in (self._folder.metrics_file, self._folder.lineage_file):
-            truncate_after(path, done if restored is not None else -1)
+            truncate_after(path, done if resuming else -1)
         with (
             JsonlWriter(self._folder.metrics_file) as metrics,
             JsonlWriter(self._folder.lineage_file) as lineage,
-            Progress("evolve", self._config.generations) as progress,
-            self._monitor.watching(done, self._config.generations),
+            Progress("evolve", config.generations) as progress,
+            self._monitor.watching(done, config.generations),
         ):
-            if restored is None:
-                self._log_experts(lineage)
+            if not resuming:
+                self._log_experts(lineage, experts)
             progress.advance(done)
-            for generation in range(done + 1, self._config.generations + 1):
-                state, row = self._generation(search, state, generation, lineage)
+            for generation in range(done + 1, config.generations + 1):
+                state, row, failed = self._generation(search, state, generation, lineage)
+                failures += failed
                 metrics.write(row)
-                progress.advance(note=progress_note(row, self._config.tasks))
+                note = progress_note(row, config.tasks)
+                progress.advance(note=f"{note}  {failures}" if failures else note)
                 stop = self._monitor.step(row, self.repertoire, self.expert_scores)
-                last = generation == self._config.generations
-                if stop or last or generation % self._config.checkpoint_every == 0:
+                last = generation == config.generations
+                if stop or last or generation % config.checkpoint_every == 0:
                     for log in (metrics, lineage):
                         log.sync()
                     checkpoints.save(
-                        generation, {"repertoire": self.repertoire, "emitter": state}, {}
+                        generation,
+                        {"repertoire": compact(self.repertoire), "emitter": state},
+                        {
+                            "evaluations": self._evaluations(generation),
+                            "failures": failures.to_json(),
+                        },
                     )
                 if stop and not last:
                     raise KeyboardInterrupt
 
-    def _experts(self) -> Any:
-        number = jnp.arange(len(self._config.experts), dtype=jnp.int32)
-        return jax.vmap(partial(expert_gains, gain_layout(self._workspace.basis)))(number)
+    def _evaluations(self, generation: int) -> int:
+        return len(self._config.experts) + generation * self._config.children
 
     def _score_experts(self, experts: Any) -> np.ndarray:
         with Progress("experts", len(self._config.experts)) as progress:
-            scores = self._evaluator.population(
+            played = self._evaluator.population(
                 experts,
                 self._problems,
                 lambda done: progress.advance(done - progress.completed),
                 phase="experts",
-            ).scores
+            )
+        Failures.of(played).refuse_blindness("the experts", played)
+        return self._name_scores(played.scores)
+
+    def _logged_scores(self) -> np.ndarray:
+        """The experts' scores that the run began with: grid and archives rest on them."""
+        births = [b for b in read_births(self._folder.lineage_file) if b.generation == 0]
+        names = [birth.operator.get("expert") for birth in births]
+        if names != list(self._config.experts):
+            raise LineageError(
+                f"{self._folder.lineage_file}: expected it to begin with the experts "
+                f"{', '.join(self._config.experts)}, found {names}: the log is damaged, restore it "
+                "from a copy or start in another folder"
+            )
+        scores = [[birth.scores[task] for task in self._config.tasks] for birth in births]
+        return self._name_scores(np.asarray(scores, np.float32))
+
+    def _name_scores(self, scores: np.ndarray) -> np.ndarray:
         self.expert_scores = {
             name: [float(score) for score in row]
             for name, row in zip(self._config.experts, scores, strict=True)
         }
         return scores
 
-    def _algorithm(self, expert_scores: np.ndarray) -> MAPElites:
-        config, layout = self._config, gain_layout(self._workspace.basis)
-        emitter = config.preset.build_emitter(
-            layout,
-            config.children,
-            len(config.tasks),
-            expert_of_archive=experts_of_tasks(
-                list(config.experts), list(config.tasks), expert_scores
-            ),
-        )
-        return MAPElites(
-            scoring_function=None,
-            emitter=emitter,
-            metrics_function=qd_metrics,
-            repertoire_init=partial(CyclicRepertoire.init, keys_extra_scores=("id",)),
-        )
-
     def _generation(
         self, search: MAPElites, state: Any, generation: int, lineage: JsonlWriter
-    ) -> tuple[Any, dict[str, Any]]:
+    ) -> tuple[Any, dict[str, Any], Failures]:
         """Breed, score and offer one batch; log every child; return the state and a metrics row."""
         started = time.perf_counter()
         # A key per generation rather than a chain of them: a resumed run needs no stored key.
@@ -157,10 +189,11 @@ class Search:
         phase = f"generation-{generation:06d}"
         played = self._evaluator.population(children, self._problems, phase=phase)
         tokens = self._evaluator.decoder.stats.generated_tokens - tokens
+        failed = Failures.of(played)
+        failed.refuse_blindness(f"generation {generation}", played)
         scored = time.perf_counter()
-        count = self._config.children
-        first = len(self._config.experts) + (generation - 1) * count
-        ids = np.arange(first, first + count, dtype=np.int32)
+        first = self._evaluations(generation - 1)
+        ids = np.arange(first, first + self._config.children, dtype=np.int32)
         scores = jnp.asarray(played.scores)
         self.repertoire, state, metrics = search.tell(
             genotypes=children,
@@ -171,31 +204,22 @@ class Search:
             extra_scores={"id": jnp.asarray(ids)},
             extra_info=info,
         )
-        archives = np.asarray(info["archive"])
-        for child in range(count):
-            lineage.write(
-                self._birth(
-                    int(ids[child]),
-                    tuple(int(parent) for parent in parents[child]),
-                    int(archives[child]),
-                    generation,
-                    played.scores[child],
-                ).to_row()
-            )
+        self._log_children(lineage, generation, ids, parents, children, info, played.scores)
         entered = acceptance(
             self.repertoire, jnp.asarray(ids), info["archive"], len(self._config.tasks)
         )
         row = self._row(generation, metrics, played, tokens)
-        row["archive"] = sorted({int(archive) for archive in archives})
+        row["archive"] = np.unique(info["archive"]).tolist()
         # One number for the archive a child was bred in; an archive without children has 0 of 0.
         row["offered"] = np.asarray(entered.offered).tolist()
         row["accepted"] = np.asarray(entered.accepted).tolist()
+        row["failures"] = failed.to_json()
         row["seconds"] = {
             "emit": emitted - started,
             **played.seconds,
             "add": time.perf_counter() - scored,
         }
-        return state, row
+        return state, row, failed
 
     def _row(
         self, generation: int, metrics: Mapping[str, Any], played: Rollout, tokens: int
@@ -203,7 +227,7 @@ class Search:
         means = np.asarray(self.repertoire.scores).mean(axis=1)
         return {
             "generation": generation,
-            "evaluations": len(self._config.experts) + generation * self._config.children,
+            "evaluations": self._evaluations(generation),
             **{
                 name: [float(value) for value in np.asarray(metrics[name])]
                 for name in ("coverage", "qd_score", "best")
@@ -215,31 +239,56 @@ class Search:
             **({"device_memory": memory} if (memory := device_memory()) else {}),
         }
 
-    def _log_experts(self, lineage: JsonlWriter) -> None:
+    def _log_experts(self, lineage: JsonlWriter, experts: Any) -> None:
+        marks = digests(experts)
         for number, (name, scores) in enumerate(self.expert_scores.items()):
-            birth = self._birth(number, (), None, 0, np.asarray(scores))
-            lineage.write({**birth.to_row(), "operator": {"expert": name}})
+            birth = Birth(
+                id=number,
+                parents=(),
+                archive=None,
+                generation=0,
+                scores=self._named(scores),
+                operator={"expert": name},
+                digest=marks[number],
+                time=_now(),
+            )
+            lineage.write(birth.to_row())
 
-    def _birth(
+    def _log_children(
         self,
-        number: int,
-        parents: tuple[int, ...],
-        archive: int | None,
+        lineage: JsonlWriter,
         generation: int,
+        ids: np.ndarray,
+        parents: np.ndarray,
+        children: Any,
+        info: Mapping[str, Any],
         scores: np.ndarray,
-    ) -> Birth:
-        named = dict(zip(self._config.tasks, map(float, scores), strict=True))
-        return Birth(
-            id=number, parents=parents, archive=archive, generation=generation, scores=named
-        )
+    ) -> None:
+        # What the emitter says of a child is its recipe; what the crossover drew is for readers.
+        recipe = {name: value for name, value in info.items() if name not in ("parents", "archive")}
+        crossover_keys = jax.random.wrap_key_data(info["keys"][:, 0])
+        recipe |= self._draw(crossover_keys)
+        recipe = {name: np.asarray(value) for name, value in recipe.items()}
+        archives, marks, now = np.asarray(info["archive"]), digests(children), _now()
+        names = list(self._config.experts)
+        for child, id in enumerate(ids.tolist()):
+            archive = int(archives[child])
+            operator = {name: value[child].tolist() for name, value in recipe.items()}
+            birth = Birth(
+                id=id,
+                parents=tuple(parents[child].tolist()),
+                archive=archive,
+                generation=generation,
+                scores=self._named(scores[child]),
+                operator={**operator, "expert": names[self._emitter.experts[archive]]},
+                digest=marks[child],
+                time=now,
+            )
+            lineage.write(birth.to_row())
+
+    def _named(self, scores: Any) -> dict[str, float]:
+        return dict(zip(self._config.tasks, map(float, scores), strict=True))
 
 
-def experts_of_tasks(experts: list[str], tasks: list[str], scores: np.ndarray) -> tuple[int, ...]:
-    """Return the expert whose directions serve each archive.
-
-    The one of the task's name, or else the one that scores best on the task (the first on a tie).
-    """
-    return tuple(
-        experts.index(task) if task in experts else int(np.argmax(scores[:, k]))
-        for k, task in enumerate(tasks)
-    )
+def _now() -> float:
+    return round(time.time(), 3)

@@ -17,8 +17,9 @@ from cycleqd_jax.models.convert import load_model
 from cycleqd_jax.models.lora import is_adapter, load_adapter
 from cycleqd_jax.models.specs import roles
 from cycleqd_jax.models.tokenizer import load_tokenizer
-from cycleqd_jax.runs.basis_cache import cached_decomposition
+from cycleqd_jax.runs.basis_cache import cached_decomposition, checkpoint_digest
 from cycleqd_jax.runs.config import RunConfig
+from cycleqd_jax.runs.parents import BASE
 from cycleqd_jax.tasks.base import Problem, Task
 from cycleqd_jax.tasks.registry import make_tasks
 
@@ -36,6 +37,7 @@ class Workspace:
         report: how much of every task vector the basis keeps.
         tokenizer: the base's.
         tasks: the skills, one archive each.
+        digests: of the weights and configs of ``base`` and every expert, by name.
         notes: what differs between base and experts without harm, a sentence each.
     """
 
@@ -47,7 +49,13 @@ class Workspace:
     report: DecompositionReport
     tokenizer: Any
     tasks: Sequence[Task]
+    digests: Mapping[str, str]
     notes: Sequence[str] = ()
+
+    @property
+    def folders(self) -> dict[str, str]:
+        """Where ``base`` and every expert lie, by name."""
+        return {BASE: self.config.base, **self.config.experts}
 
     def expert_params(self, name: str) -> Any:
         """An expert's weights; those of a LoRA expert are built here, in the base's dtype."""
@@ -86,10 +94,14 @@ def open_workspace(config: RunConfig, cache: Path | None = None) -> Workspace:
     }
     # "gram" needs float64, which a TPU does not have.
     method: Method = "svd" if jax.default_backend() == "tpu" else "gram"
+    digests = {
+        name: checkpoint_digest(folder)
+        for name, folder in {BASE: Path(config.base), **folders}.items()
+    }
     settings = {"rank": config.rank, "noise": FLOAT32_EPS, "method": method}
     basis, report = cached_decomposition(
         cache,
-        [Path(config.base), *folders.values()],
+        list(digests.values()),
         settings,
         roles(architecture),
         lambda: _decompose(config, architecture, base, experts, settings),
@@ -103,6 +115,7 @@ def open_workspace(config: RunConfig, cache: Path | None = None) -> Workspace:
         report=report,
         tokenizer=tokenizer,
         tasks=tasks,
+        digests=digests,
         notes=notes,
     )
 

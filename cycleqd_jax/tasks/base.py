@@ -16,11 +16,17 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeVar, runtime_checkabl
 
 from cycleqd_jax.sandbox.base import Job
 
-# Generated tasks have no "validation", public benchmarks no "train".
+# "search" scores children, "validation" chooses among finished models, "test" is met once, at the
+# end. Public benchmarks have no "train".
 Split = Literal["train", "search", "validation", "test"]
 
-# Six, two and two problems of every ten; a problem's solution decides where it belongs.
-_SPLIT_OF_DIGIT: tuple[Split, ...] = (*("train",) * 6, *("search",) * 2, *("test",) * 2)
+# Six, two, one and one problem of every ten; a problem's solution decides where it belongs.
+_SPLIT_OF_DIGIT: tuple[Split, ...] = (
+    *("train",) * 6,
+    *("search",) * 2,
+    "validation",
+    "test",
+)
 
 
 class Message(NamedTuple):
@@ -164,12 +170,12 @@ def draw_problems(
         difficulty: passed to ``make``.
 
     Raises:
-        ValueError: the generator knows fewer than ``count`` problems of this split, or generated
-            problems have no such split.
+        ValueError: the generator knows fewer than ``count`` problems of this split, or there is no
+            such split.
     """
     if split not in _SPLIT_OF_DIGIT:
         known = ", ".join(dict.fromkeys(_SPLIT_OF_DIGIT))
-        raise ValueError(f"split: expected one of {known} for generated problems, found {split!r}")
+        raise ValueError(f"split: expected one of {known}, found {split!r}")
     rng = random.Random(f"{split}/{seed}/{difficulty}")
     found: dict[str, P] = {}
     misses = 0

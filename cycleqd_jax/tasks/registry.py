@@ -11,6 +11,7 @@ from cycleqd_jax.tasks.base import Task
 from cycleqd_jax.tasks.coding import CodingTask
 from cycleqd_jax.tasks.database import DatabaseTask
 from cycleqd_jax.tasks.dbbench.task import dbbench_from_environment
+from cycleqd_jax.tasks.osbench.task import osbench_from_environment
 from cycleqd_jax.tasks.programs.task import programs_from_environment
 from cycleqd_jax.tasks.shell import ShellTask
 
@@ -31,6 +32,9 @@ BENCHMARKS: Mapping[str, Callable[[], Task]] = MappingProxyType(
         "mbpp+/paper": partial(programs_from_environment, "mbpp+", "paper"),
         "humaneval": partial(programs_from_environment, "humaneval"),
         "humaneval+": partial(programs_from_environment, "humaneval+"),
+        "osbench": osbench_from_environment,
+        "osbench/offline": partial(osbench_from_environment, "offline"),
+        "osbench/paper": partial(osbench_from_environment, "paper"),
     }
 )
 

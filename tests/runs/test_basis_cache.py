@@ -56,6 +56,10 @@ def folders(tmp_path: Path) -> list[Path]:
     return made
 
 
+def content(folders: list[Path]) -> list[str]:
+    return [checkpoint_digest(folder) for folder in folders]
+
+
 def entry(cache: Path) -> Path:
     (path,) = (cache / "bases").iterdir()
     return path
@@ -64,8 +68,8 @@ def entry(cache: Path) -> Path:
 def test_a_second_start_finds_the_same_decomposition(tmp_path: Path, folders: list[Path]) -> None:
     cache, make = tmp_path / "cache", Maker()
     lines: list[str] = []
-    first = cached_decomposition(cache, folders, SETTINGS, ROLES, make, lines.append)
-    second = cached_decomposition(cache, folders, SETTINGS, ROLES, make, lines.append)
+    first = cached_decomposition(cache, content(folders), SETTINGS, ROLES, make, lines.append)
+    second = cached_decomposition(cache, content(folders), SETTINGS, ROLES, make, lines.append)
     assert make.calls == 1
     assert gain_layout(second[0]) == gain_layout(first[0])
     assert second[0]["untouched"].ranks == (0, 0)
@@ -80,28 +84,28 @@ def test_a_second_start_finds_the_same_decomposition(tmp_path: Path, folders: li
 
 def test_without_a_cache_nothing_is_written(tmp_path: Path, folders: list[Path]) -> None:
     before = sorted(tmp_path.rglob("*"))
-    cached_decomposition(None, folders, SETTINGS, ROLES, Maker())
+    cached_decomposition(None, content(folders), SETTINGS, ROLES, Maker())
     assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("change", [{"rank": 2}, {"noise": 1e-3}, {"method": "svd"}])
 def test_other_settings_are_another_entry(folders: list[Path], change: dict[str, Any]) -> None:
-    key = decomposition_key(folders, SETTINGS)
-    assert decomposition_key(folders, {**SETTINGS}) == key
-    assert decomposition_key(folders, {**SETTINGS, **change}) != key
+    key = decomposition_key(content(folders), SETTINGS)
+    assert decomposition_key(content(folders), {**SETTINGS}) == key
+    assert decomposition_key(content(folders), {**SETTINGS, **change}) != key
 
 
 def test_the_key_follows_content_and_order_not_place_or_time(folders: list[Path]) -> None:
-    key = decomposition_key(folders, SETTINGS)
+    key = decomposition_key(content(folders), SETTINGS)
     base, one, two = folders
     moved = shutil.copytree(one, one.with_name("moved"))
-    assert decomposition_key([base, moved, two], SETTINGS) == key
-    assert decomposition_key([base, two, one], SETTINGS) != key
+    assert decomposition_key(content([base, moved, two]), SETTINGS) == key
+    assert decomposition_key(content([base, two, one]), SETTINGS) != key
     weights = one / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[-1] ^= 1  # one bit of one weight; size, names and shapes stay
     weights.write_bytes(data)
-    assert decomposition_key(folders, SETTINGS) != key
+    assert decomposition_key(content(folders), SETTINGS) != key
 
 
 def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
@@ -124,16 +128,16 @@ def test_a_damaged_entry_is_reported_and_replaced(
 ) -> None:
     cache, make = tmp_path / "cache", Maker()
     lines: list[str] = []
-    whole = cached_decomposition(cache, folders, SETTINGS, ROLES, make, lines.append)
+    whole = cached_decomposition(cache, content(folders), SETTINGS, ROLES, make, lines.append)
     path = entry(cache)
     good = path.read_bytes()
     assert damage(good) != good
     path.write_bytes(damage(good))
-    again = cached_decomposition(cache, folders, SETTINGS, ROLES, make, lines.append)
+    again = cached_decomposition(cache, content(folders), SETTINGS, ROLES, make, lines.append)
     assert make.calls == 2
     assert f"warning: {path} is damaged" in lines[1]
     jax.tree.map(np.testing.assert_array_equal, again[0], whole[0])
-    cached_decomposition(cache, folders, SETTINGS, ROLES, make, lines.append)
+    cached_decomposition(cache, content(folders), SETTINGS, ROLES, make, lines.append)
     assert make.calls == 2
 
 
@@ -144,11 +148,11 @@ def test_a_run_goes_on_where_nothing_can_be_kept(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(100, 99, 1))
     lines: list[str] = []
     cache = tmp_path / "cache"
-    cached_decomposition(cache, folders, SETTINGS, ROLES, Maker(), lines.append)
+    cached_decomposition(cache, content(folders), SETTINGS, ROLES, Maker(), lines.append)
     (line,) = lines
     assert line.startswith("warning: the decomposition is not kept")
     assert list((cache / "bases").iterdir()) == []
     blocked = tmp_path / "file"
     blocked.write_text("")
-    cached_decomposition(blocked, folders, SETTINGS, ROLES, Maker(), lines.append)
+    cached_decomposition(blocked, content(folders), SETTINGS, ROLES, Maker(), lines.append)
     assert lines[1].startswith("warning: the decomposition is not kept")

@@ -302,6 +302,16 @@ def test_a_truly_full_disk_leaves_the_run_resumable(small_disk):
         assert (read(checkpoints, {"x": noise}).state["x"] == noise + 1).all()
 
 
+def test_the_newest_stay_and_every_third_for_good(tmp_path):
+    with Checkpoints(tmp_path / "c", keep=2, keep_every=3) as checkpoints:
+        for generation in range(1, 9):
+            checkpoints.save(generation, {"x": jnp.full(1, generation)}, {})
+        assert checkpoints.generations() == [3, 6, 7, 8]
+        assert read(checkpoints, {"x": jnp.zeros(1, int)}, generation=3).state["x"] == 3
+    with pytest.raises(ValueError, match="keep_every: expected at least 1 generation, found 0"):
+        Checkpoints(tmp_path / "c", keep_every=0)
+
+
 def test_keep_must_be_positive(tmp_path):
     with pytest.raises(ValueError, match="keep: expected at least 1 checkpoint, found 0"):
         Checkpoints(tmp_path, keep=0)

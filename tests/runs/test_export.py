@@ -9,16 +9,23 @@ from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors
 from cycleqd_jax.models.convert import load_model, save_model
 from cycleqd_jax.models.llama import init_params
 from cycleqd_jax.models.specs import LlamaConfig
-from cycleqd_jax.runs.export import Coefficients, ModelCard, expert_coefficients, export_model
+from cycleqd_jax.runs.export import (
+    Coefficients,
+    Measured,
+    ModelCard,
+    expert_coefficients,
+    export_model,
+)
 
 CARD = ModelCard(
     name="cycleqd/best",
     base="family/base",
     experts={"coding": "family/coding", "shell": "family/shell"},
     recipe={"coding": Coefficients(0.912, 0.5, 1.25)},
+    licences={"base": "apache-2.0", "coding": "apache-2.0", "shell": "unknown"},
     scores={
-        "search": {"coding": 0.5, "shell": 1.0},
-        "test": {"coding": 0.25, "shell": float("nan")},
+        "search": Measured({"coding": 0.5, "shell": 1.0}, 8),
+        "test": Measured({"coding": 0.25, "shell": float("nan")}, 200),
     },
     command="python experiments/quickstart.py --seed 3",
     details={"generation": 12},
@@ -29,19 +36,23 @@ def test_the_card_tells_parents_shares_scores_and_the_command():
     text = CARD.render()
     assert text.startswith("---\nlibrary_name: transformers\n")
     lines = text.splitlines()
-    assert "| base | `family/base` |  |  |" in lines
-    assert "| expert coding | `family/coding` | 0.912 | 0.500 to 1.250 |" in lines
-    assert "| expert shell | `family/shell` |  |  |" in lines
-    assert "| problems | coding | shell | mean |" in lines
-    assert "| search | 0.500 | 1.000 | 0.750 |" in lines
-    assert "| test | 0.250 | not finite | not finite |" in lines
+    assert "| base | `family/base` | apache-2.0 |  |  |" in lines
+    assert "| expert coding | `family/coding` | apache-2.0 | 0.912 | 0.500 to 1.250 |" in lines
+    assert "| expert shell | `family/shell` | unknown |  |  |" in lines
+    assert "| split | problems a task | coding | shell | mean |" in lines
+    # Wilson's intervals as statsmodels' proportion_confint(method="wilson") gives them.
+    search = "| search | 8 | 0.500 (0.215 to 0.785) | 1.000 (0.676 to 1.000) | "
+    assert any(line.startswith(search) for line in lines)
+    assert "| test | 200 | 0.250 (0.195 to 0.314) | not finite | not finite |" in lines
+    assert "license:" not in text  # the parents' licences differ
+    assert "search scores, which are therefore too high" in text
     assert "- generation: 12" in lines
     assert "python experiments/quickstart.py --seed 3" in lines
 
 
 def test_a_card_without_recipe_scores_or_command_has_no_empty_parts():
     text = ModelCard("m", "b", {"coding": "c"}).render()
-    assert "| expert coding | `c` |" in text.splitlines()
+    assert "| expert coding | `c` | unknown |" in text.splitlines()
     assert "coefficient" not in text
     assert "## Scores" not in text
     assert "## Reproduce" not in text

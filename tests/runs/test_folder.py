@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from cycleqd_jax.runs import folder as folder_module
-from cycleqd_jax.runs.folder import RunFolder, RunFolderError, differing_keys
+from cycleqd_jax.runs.folder import RunFolder, RunFolderError, differing_keys, read_config
 
 CONFIG = {"seed": 0, "grid": {"bins": 15, "low": 0.85}, "tasks": ("coding", "shell")}
 
@@ -18,7 +18,7 @@ def test_a_new_folder_gets_a_sorted_config_and_is_not_a_resumed_run(tmp_path):
     with RunFolder.open(path, CONFIG) as run:
         assert not run.resumed
         assert run.config == {**CONFIG, "tasks": ["coding", "shell"]}
-        assert list(json.loads(run.config_file.read_text())) == ["grid", "seed", "tasks"]
+        assert list(json.loads(run.config_file.read_text())) == ["format", "grid", "seed", "tasks"]
         assert {p.name for p in (run.metrics_file, run.lineage_file, run.summary_file)} == {
             "metrics.jsonl",
             "lineage.jsonl",
@@ -61,6 +61,52 @@ def test_differing_keys_tells_kinds_apart_and_equates_nan():
         "b: expected nothing, found {}",
         "b.c: expected 1, found nothing",
     ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({}, "a run of an older version of cycleqd_jax: expected the format 2, found 1"),
+        ({"format": 3}, "a run of a newer version of cycleqd_jax: expected the format 2, found 3"),
+    ],
+)
+def test_a_run_of_another_version_is_refused_and_left_as_it_was(tmp_path, change, message):
+    config = json.dumps({"seed": 0, **change})
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(RunFolderError, match=message):
+        RunFolder.open(tmp_path, {"seed": 0})
+    with pytest.raises(RunFolderError, match=message):
+        read_config(tmp_path)
+    assert (tmp_path / "config.json").read_text() == config
+
+
+def test_the_config_is_read_without_the_lock(tmp_path):
+    with RunFolder.open(tmp_path, CONFIG):
+        assert read_config(tmp_path) == {**CONFIG, "tasks": ["coding", "shell"]}
+    with pytest.raises(
+        RunFolderError, match=r"expected the folder of a run, found no config\.json"
+    ):
+        read_config(tmp_path / "elsewhere")
+
+
+def test_drafts_of_a_killed_process_are_cleared_and_nothing_else(tmp_path):
+    RunFolder.open(tmp_path, CONFIG).close()
+    for draft in (".best.x1", ".best.x1.old", ".aggregate.ab"):
+        (tmp_path / draft).mkdir()
+        (tmp_path / draft / "model.safetensors").touch()
+    (tmp_path / ".summary.json.77.tmp").touch()
+    (tmp_path / "best").mkdir()
+    (tmp_path / ".notes").mkdir()
+    with RunFolder.open(tmp_path, CONFIG):
+        assert set(os.listdir(tmp_path)) == {".lock", ".notes", "best", "config.json"}
+
+
+def test_objects_in_a_list_are_told_apart_setting_by_setting():
+    found = {"experts": [{"folder": "a", "name": "x"}, {"name": "y", "folder": "b"}]}
+    wanted = {"experts": [{"name": "x", "folder": "a"}, {"name": "y", "folder": "c"}]}
+    assert differing_keys(found, wanted) == ["experts[1].folder: expected 'c', found 'b'"]
+    swapped = {"experts": found["experts"][::-1]}
+    assert len(differing_keys(found, swapped)) == 4  # the order of the experts matters
 
 
 def test_a_file_is_refused(tmp_path):

@@ -35,9 +35,9 @@ def play(
     return dict(zip(known, solved.T.tolist(), strict=True))
 
 
-def draw(name: str, difficulty: int, count: int = 25, seed: int = 0) -> list[Problem]:
-    """Problems of all three splits."""
-    splits: tuple[Split, ...] = ("train", "search", "test")
+def draw(name: str, difficulty: int, count: int = 19, seed: int = 0) -> list[Problem]:
+    """Problems of every split."""
+    splits: tuple[Split, ...] = ("train", "search", "validation", "test")
     return [
         problem
         for split in splits
@@ -59,7 +59,7 @@ def test_the_right_answers_score_one_and_silence_scores_zero(
     name: str, difficulty: int, sandbox: Sandbox
 ) -> None:
     scores = play(name, draw(name, difficulty), sandbox, oracle, mute)
-    assert len(scores) == 75
+    assert len(scores) == 76
     assert {prompt: found for prompt, found in scores.items() if found != [1.0, 0.0]} == {}
 
 
@@ -72,7 +72,7 @@ def test_a_statement_that_changes_nothing_solves_no_change(
 
     problems = [
         problem
-        for problem in draw("database", difficulty, count=60, seed=1)
+        for problem in draw("database", difficulty, count=45, seed=1)
         if isinstance(problem, DatabaseProblem) and problem.changes
     ]
     scores = play("database", problems, sandbox, idle)

@@ -28,10 +28,21 @@ def open_task(name: str, monkeypatch: pytest.MonkeyPatch) -> Task:
         pytest.skip(f"{name} cannot be opened here: {error}")
 
 
-@pytest.mark.parametrize("name", [*TASKS, *BENCHMARKS])
+# Opening some benchmarks takes longer than playing them: machines start, references are run.
+QUICK = {*TASKS, "dbbench/loadable", "mbpp", "osbench/offline"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+        for name in (*TASKS, *BENCHMARKS)
+    ],
+)
 def test_the_same_texts_score_the_same(
-    name: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch
+    name: str, sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("CYCLEQD_CACHE", str(tmp_path))
     task = open_task(name, monkeypatch)
     problems = {task.name: task.problems("search", 4, seed=3)}
     ideal = ideal_policy(problems[task.name])
@@ -62,10 +73,18 @@ def test_the_same_texts_score_the_same(
     first, seen = play(ScriptedPolicy(speak), 30.0)
     again, replayed = play(Replay(seen), 0.0)
     np.testing.assert_array_equal(again.solved[task.name], first.solved[task.name])
-    assert replayed == seen
-    assert first.scores[0] == 1.0
+    assert list(map(said, replayed)) == list(map(said, seen))
+    # What a shell will print nobody knows, so its demonstrations end before the answer.
+    if not name.startswith("osbench"):
+        assert first.scores[0] == 1.0
     assert first.scores[2] < 1.0
     assert first.failed == {task.name: 0}
+
+
+def said(transcript: Transcript) -> tuple[object, ...]:
+    """All that may not depend on the time: what programs print may hold seconds they took."""
+    turns = tuple(step for step in transcript.steps if isinstance(step, Turn))
+    return transcript.candidate, transcript.problem, transcript.score, transcript.ended, turns
 
 
 def test_an_ideal_agent_answers_problems_of_its_own_only() -> None:

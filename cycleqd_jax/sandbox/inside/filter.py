@@ -12,6 +12,7 @@ import ctypes
 import errno
 import platform
 import struct
+from collections.abc import Sequence
 
 from . import kernel
 
@@ -81,13 +82,17 @@ _REFUSED = {
     "personality": (135, 92),
 }
 _REFUSED_ON_X86 = {"iopl": 172, "ioperm": 173, "modify_ldt": 154}
+# Permitted where sockets of some families are.
+_FOR_ADDRESSES = ("socket", "bind", "connect", "setsockopt")
 # Refused for some arguments.
 _MMAP, _SOCKETPAIR = (9, 222), (53, 199)
 _MAP_SHARED, _MAP_ANONYMOUS, _MAP_HUGETLB, _AF_UNIX = 0x1, 0x20, 0x40000, 1
 
 
-def install() -> None:
+def install(families: Sequence[int] = ()) -> None:
     """From here on, for this process and all it starts; nothing takes it off again.
+
+    families: of sockets that may be made; they need a network namespace of their own.
 
     Raises OSError on a processor whose system call numbers are not known here.
     """
@@ -95,7 +100,7 @@ def install() -> None:
     if machine not in _ARCHITECTURE:
         known = ", ".join(_ARCHITECTURE)
         raise OSError(f"no seccomp table for processor {machine!r}; there is one for {known}")
-    code = _assemble(machine)
+    code = _assemble(machine, families)
     kernel.prctl(kernel.PR_SET_NO_NEW_PRIVS, 1)
     kernel.prctl(kernel.PR_SET_SECCOMP, 2, ctypes.byref(_Program(len(code) // 8, code)))
 
@@ -104,10 +109,12 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("filter", ctypes.c_char_p))
 
 
-def _assemble(machine: str) -> bytes:
+def _assemble(machine: str, families: Sequence[int]) -> bytes:
     x86 = machine == "x86_64"
     column = 0 if x86 else 1
-    numbers = [pair[column] for pair in _REFUSED.values()]
+    numbers = [
+        pair[column] for name, pair in _REFUSED.items() if not (families and name in _FOR_ADDRESSES)
+    ]
     lines = [
         _line(_LOAD, _PROCESSOR),
         _line(_EQUAL, _ARCHITECTURE[machine], 1, 0),
@@ -118,6 +125,13 @@ def _assemble(machine: str) -> bytes:
         # The x32 calls are the same ones under other numbers.
         lines += [_line(_AT_LEAST, 0x40000000, 0, 1), _line(_RETURN, _KILL)]
         numbers += _REFUSED_ON_X86.values()
+    if families:
+        # Of a permitted family, the rest of the list is passed over as well as the refusal.
+        lines.append(_line(_EQUAL, _REFUSED["socket"][column], 0, len(families) + 3))
+        lines.append(_line(_LOAD, _FIRST_ARGUMENT))
+        for index, family in enumerate(families):
+            lines.append(_line(_EQUAL, family, len(families) - index, 0))
+        lines += [_line(_RETURN, _ERRNO | errno.EAFNOSUPPORT), _line(_RETURN, _ALLOW)]
     nameless = _MAP_SHARED | _MAP_ANONYMOUS
     # A jump counts the lines it leaves out; the last two lines are the verdicts.
     by_arguments = [

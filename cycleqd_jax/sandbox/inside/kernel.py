@@ -4,12 +4,16 @@ import ctypes
 import functools
 import os
 import platform
+from collections.abc import Iterable
+from pathlib import Path
 
 CLONE_NEWNS = 0x00020000
 CLONE_PARENT = 0x00008000
 CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
 SIGCHLD = 17
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
@@ -17,7 +21,9 @@ MS_REMOUNT, MS_NOATIME, MS_NODIRATIME = 32, 1024, 2048
 MS_BIND, MS_REC, MS_PRIVATE, MS_RELATIME = 4096, 16384, 1 << 18, 1 << 21
 MNT_DETACH = 2
 
-PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 4, 22, 38
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = (
+    1, 4, 22, 24, 38,
+)  # fmt: skip
 
 # Numbers of clone and pivot_root; every processor but x86 shares the generic table.
 _CLONE, _PIVOT_ROOT = (56, 155) if platform.machine() == "x86_64" else (220, 41)
@@ -83,6 +89,19 @@ def prctl(option: int, value: int, pointer: object = None) -> None:
         ctypes.c_int(option), ctypes.c_ulong(value), pointer, ctypes.c_ulong(0), ctypes.c_ulong(0)
     )
     _checked(result, f"prctl {option}")
+
+
+def keep_capabilities(kept: Iterable[int]) -> None:
+    """Leave this process and all it starts at most these capabilities, root or not."""
+    kept = frozenset(kept)
+    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text())
+    for number in range(last + 1):
+        if number not in kept:
+            prctl(PR_CAPBSET_DROP, number)
+    header, mask = _CapHeader(0x20080522, 0), sum(1 << number for number in kept)
+    low, high = mask & 0xFFFFFFFF, mask >> 32
+    data = (ctypes.c_uint32 * 6)(low, low, 0, high, high, 0)
+    _checked(_libc.capset(ctypes.byref(header), ctypes.byref(data)), "capset")
 
 
 class Drop:

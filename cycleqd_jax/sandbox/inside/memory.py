@@ -10,7 +10,8 @@ _PARENT, _THREADS, _SIZE, _RSS = 1, 17, 20, 21
 def usage(proc: int, first: int, limit: int) -> tuple[int, int]:
     """Processes and bytes of the tree below process `first`, itself included.
 
-    proc: descriptor of a /proc in which the tree can be seen. Orphans move up to `first`, the
+    proc: descriptor of a /proc in which the tree can be seen. first: 0 for all processes that can
+    be seen there. Orphans move up to `first`, the
     first process of their namespace, so nothing leaves the tree. Shared pages are counted for
     each process, unless that takes the sum above `limit`: then each gets its share.
     """
@@ -84,7 +85,7 @@ def _is_below(pid: int, first: int, parents: dict[int, int]) -> bool:
     while pid != first:
         pid = parents.get(pid, 0)
         if pid == 0:
-            return False
+            return first == 0
     return True
 
 

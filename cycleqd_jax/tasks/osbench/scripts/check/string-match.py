@@ -1,0 +1,8 @@
+import sys
+
+
+def normal(text):
+    return text.replace("\r\n", "\n").replace("\r", "\n").strip()
+
+
+sys.exit(normal(sys.argv[1]) != normal(sys.argv[2]))
