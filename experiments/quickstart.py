@@ -6,43 +6,57 @@ Needs no download, no account and no accelerator. The first start trains the exp
 in a cache; later starts only evolve.
 """
 
-import argparse
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from cycleqd_jax.cache import default_cache
 from cycleqd_jax.qd.presets import DEFAULT
+from cycleqd_jax.runs.command import Command
 from cycleqd_jax.runs.compilation import cache_compilations
 from cycleqd_jax.runs.config import RunConfig
-from cycleqd_jax.runs.console import main_guard, reproduce_command
-from cycleqd_jax.runs.driver import evolve
+from cycleqd_jax.runs.console import main_guard
 from cycleqd_jax.runs.family import FamilyConfig, make_family
+from cycleqd_jax.runs.launch import launch
+from cycleqd_jax.runs.watch import Watch
 from cycleqd_jax.tasks.registry import TASKS, make_tasks
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n", maxsplit=1)[0])
-    parser.add_argument("--seed", type=int, default=0, help="seed of the search (default 0)")
-    parser.add_argument("--out", type=Path, help="run folder (default runs/quickstart-SEED)")
-    parser.add_argument(
-        "--cache", type=Path, default=default_cache(), help="where experts are kept"
-    )
-    parser.add_argument(
-        "--generations", type=int, default=30, help="batches of 16 children to breed"
-    )
-    args = parser.parse_args()
+@dataclass(frozen=True)
+class Quickstart:
+    """What can be chosen; `evolve.py` takes the rest.
 
-    cache_compilations(args.cache)
+    Attributes:
+        seed: seed of the search.
+        out: run folder; None is runs/quickstart-SEED.
+        cache: where experts are kept.
+        generations: batches of 16 children to breed.
+        watch: what is shown and logged while it runs.
+    """
+
+    seed: int = 0
+    out: Path | None = None
+    cache: Path = field(default_factory=default_cache)
+    generations: int = 30
+    watch: Annotated[Watch, tyro.conf.arg(name="")] = field(default_factory=Watch)
+
+
+def main() -> None:
+    about = __doc__.split("\n\n", maxsplit=1)[0]
+    chosen = tyro.cli(Quickstart, description=about)
+    cache_compilations(chosen.cache)
     started = time.perf_counter()
-    family = make_family(args.cache, FamilyConfig(tasks=tuple(TASKS)), make_tasks(tuple(TASKS)))
+    family = make_family(chosen.cache, FamilyConfig(tasks=tuple(TASKS)), make_tasks(tuple(TASKS)))
     trained = time.perf_counter() - started
     config = RunConfig(
         base=str(family.base),
         experts={name: str(folder) for name, folder in family.experts.items()},
         tasks=tuple(TASKS),
-        seed=args.seed,
-        generations=args.generations,
+        seed=chosen.seed,
+        generations=chosen.generations,
         rank=32,
         # The paper breeds for days: two minutes need bolder steps, fewer cells, sharper selection.
         preset=replace(
@@ -54,8 +68,9 @@ def main() -> None:
             alpha_high=1.0,
         ),
     )
-    out = args.out or Path("runs") / f"quickstart-{args.seed}"
-    evolve(config, out, train_seconds=trained, command=reproduce_command(), cache=args.cache)
+    out = chosen.out or Path("runs") / f"quickstart-{chosen.seed}"
+    command = Command(run=config, watch=chosen.watch, out=out, cache=chosen.cache)
+    launch(command, train_seconds=trained)
 
 
 if __name__ == "__main__":

@@ -93,6 +93,7 @@ def test_the_scripts_of_the_readme_exist() -> None:
     assert scripts == {
         "experiments/quickstart.py",
         "experiments/evolve.py",
+        "experiments/llama3_8b.py",
         "experiments/digits.py",
         "experiments/retention.py",
     }

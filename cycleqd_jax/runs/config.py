@@ -16,8 +16,8 @@ class RunConfig:
     Attributes:
         base: folder of the base model.
         experts: expert name → folder, at least two.
-        tasks: task names, one archive each.
-        seed: of everything random in the run.
+        tasks: task names, one archive each; a task of one's own is MODULE:CLASS.
+        seed: of everything random in the run, a whole number.
         generations: how many batches of children are bred.
         children: children a generation, evaluated together.
         problems: problems of the ``search`` split a child is scored on, per task.
@@ -25,20 +25,20 @@ class RunConfig:
             task.
         finalists: elites that compete to be ``cycleqd/best``.
         test_problems: problems of the ``test`` split for the final table, per task.
-        difficulty: of all problems.
+        difficulty: of all problems, from 1 on; public benchmarks have none.
         rank: directions kept per matrix and expert; None keeps every one above rounding noise.
         preset: crossover, mutation, selection, grid, schedule and aggregation.
         uniform_scales: the λ that are tried for the uniform merge.
-        max_new_tokens: the longest answer.
+        max_new_tokens: the longest answer, in tokens.
         temperature: of the models' words; 0 takes the likeliest.
         repeats: attempts at every problem, for tasks and temperatures that leave room for chance.
-        step_seconds: what one program or call of an environment may take.
-        episode_seconds: what the environment may take in all of an episode.
+        step_seconds: seconds that one program or call of an environment may take.
+        episode_seconds: seconds that the environment may take in all of an episode.
         team: members at most of the team of models that complement each other.
         checkpoint_every: generations between two checkpoints.
         checkpoints_kept: the newest checkpoints that stay.
         checkpoint_archive: generations between two checkpoints that stay for good; None: none does.
-        sandbox: ``auto``, ``bubblewrap`` or ``unshare``.
+        sandbox: where the models' programs run: ``auto``, ``bubblewrap`` or ``unshare``.
 
     Raises:
         ValueError: a number out of range, fewer than two experts, or one named ``base``.

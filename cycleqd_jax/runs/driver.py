@@ -15,20 +15,19 @@ from cycleqd_jax.merging.spectral import gain_layout, materialise
 from cycleqd_jax.progress import Progress
 from cycleqd_jax.runs.compatibility import compatibility_report, compatibility_tables
 from cycleqd_jax.runs.config import RunConfig
-from cycleqd_jax.runs.curves import plot_curves
 from cycleqd_jax.runs.evaluate import Evaluator, Problems
 from cycleqd_jax.runs.export import Measured, ModelCard, export_model
 from cycleqd_jax.runs.files import read_json, write_json_atomic
 from cycleqd_jax.runs.finalists import Choice, Finals, choose_finals, choose_uniform
 from cycleqd_jax.runs.folder import RunFolder
-from cycleqd_jax.runs.jsonl import read_jsonl
 from cycleqd_jax.runs.lineage import FamilyTree, read_births
+from cycleqd_jax.runs.monitor import Monitor, draw_run
 from cycleqd_jax.runs.parents import check_parents
-from cycleqd_jax.runs.pictures import ArchivePicture, plot_archives
 from cycleqd_jax.runs.rebuild import digests
 from cycleqd_jax.runs.release import make_card
 from cycleqd_jax.runs.report import results_table, summary
 from cycleqd_jax.runs.search import Search
+from cycleqd_jax.runs.watch import Watch
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import open_sandbox
 from cycleqd_jax.sandbox.memo import MemoSandbox
@@ -55,6 +54,7 @@ def evolve(
     *,
     train_seconds: float = 0.0,
     transcripts: bool = False,
+    watch: Watch | None = None,
     command: str = "",
     cache: Path | None = None,
     console: Console | None = None,
@@ -69,6 +69,7 @@ def evolve(
         out: the run's folder, new or of the same config.
         train_seconds: what making the experts took, for the summary.
         transcripts: write what happened in every episode to ``out/transcripts``.
+        watch: what is shown and logged while it runs; by default what `Watch` says.
         command: what reproduces the run, for the model cards.
         cache: folder where decompositions are kept from run to run; None keeps none.
         console: where tables go; by default the terminal's.
@@ -76,6 +77,7 @@ def evolve(
     Raises:
         ValueError: bad input, named (see `open_workspace` and `RunFolder.open`).
         SandboxUnavailable: no safe way to run programs here.
+        KeyboardInterrupt: Ctrl-C, see `Interrupts`; the same call goes on.
     """
     console = console or Console()
     with RunFolder.open(out, config.to_json()) as folder:
@@ -99,7 +101,8 @@ def evolve(
         with MemoSandbox(open_sandbox(config.sandbox, limits)) as sandbox:
             written = folder.path / "transcripts" if transcripts else None
             evaluator = Evaluator(workspace, sandbox, written)
-            search = Search(workspace, evaluator, folder)
+            monitor = Monitor(watch or Watch(), folder, config.tasks, config.to_json())
+            search = Search(workspace, evaluator, folder, monitor)
             search.run()
             finals = choose_finals(workspace, evaluator, search.repertoire, final)
             uniform = choose_uniform(workspace, evaluator, final)
@@ -222,16 +225,9 @@ def _draw(workspace: Workspace, search: Search, folder: RunFolder, best: Choice)
     # The star stands where the archives hold the model; its scores as a finalist are of others.
     ids = np.where(repertoire.occupied, repertoire.extra_scores["id"], -1)
     slot = int(np.argmax(ids == best.details["id"]))
-    picture = ArchivePicture.of(
-        repertoire,
-        config.tasks,
-        experts=search.expert_scores,
-        best=np.asarray(repertoire.scores)[slot],
-        generations=config.generations,
-    )
-    plot_archives(folder.archives_picture, picture)
-    plot_curves(
-        folder.curves_picture, read_jsonl(folder.metrics_file), config.tasks, search.expert_scores
+    scores = np.asarray(repertoire.scores)[slot]
+    draw_run(
+        folder, repertoire, config.tasks, search.expert_scores, config.generations, best=scores
     )
 
 

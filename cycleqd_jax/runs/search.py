@@ -21,6 +21,7 @@ from cycleqd_jax.runs.failures import Failures
 from cycleqd_jax.runs.folder import RunFolder
 from cycleqd_jax.runs.jsonl import JsonlWriter, truncate_after
 from cycleqd_jax.runs.lineage import Birth, LineageError, read_births
+from cycleqd_jax.runs.monitor import Monitor, device_memory, progress_note
 from cycleqd_jax.runs.rebuild import digests
 from cycleqd_jax.runs.workspace import Workspace
 from cycleqd_jax.tasks.rollout import Rollout
@@ -33,12 +34,16 @@ class Search:
         workspace: the checked inputs.
         evaluator: scores populations.
         folder: where logs and checkpoints go; a folder with checkpoints is resumed.
+        monitor: shows every generation, and may end the search after one.
 
     ``repertoire`` and ``expert_scores`` are there after `run`.
     """
 
-    def __init__(self, workspace: Workspace, evaluator: Evaluator, folder: RunFolder) -> None:
+    def __init__(
+        self, workspace: Workspace, evaluator: Evaluator, folder: RunFolder, monitor: Monitor
+    ) -> None:
         self._workspace = workspace
+        self._monitor = monitor
         self._evaluator = evaluator
         self._folder = folder
         self._config = workspace.config
@@ -65,6 +70,7 @@ class Search:
             CheckpointError: no checkpoint can be read, or it is of another structure.
             LineageError: the log lacks what the checkpoint rests on.
             NoSpaceError: the disk is full.
+            KeyboardInterrupt: the monitor was asked to stop; all that was bred is in a checkpoint.
         """
         config = self._config
         with Checkpoints(
@@ -107,6 +113,7 @@ class Search:
             JsonlWriter(self._folder.metrics_file) as metrics,
             JsonlWriter(self._folder.lineage_file) as lineage,
             Progress("evolve", config.generations) as progress,
+            self._monitor.watching(done, config.generations),
         ):
             if not resuming:
                 self._log_experts(lineage, experts)
@@ -115,8 +122,11 @@ class Search:
                 state, row, failed = self._generation(search, state, generation, lineage)
                 failures += failed
                 metrics.write(row)
-                progress.advance(note=_note(row, failures))
-                if generation == config.generations or generation % config.checkpoint_every == 0:
+                note = progress_note(row, config.tasks)
+                progress.advance(note=f"{note}  {failures}" if failures else note)
+                stop = self._monitor.step(row, self.repertoire, self.expert_scores)
+                last = generation == config.generations
+                if stop or last or generation % config.checkpoint_every == 0:
                     for log in (metrics, lineage):
                         log.sync()
                     checkpoints.save(
@@ -127,6 +137,8 @@ class Search:
                             "failures": failures.to_json(),
                         },
                     )
+                if stop and not last:
+                    raise KeyboardInterrupt
 
     def _evaluations(self, generation: int) -> int:
         return len(self._config.experts) + generation * self._config.children
@@ -224,6 +236,7 @@ class Search:
             "elites": int(metrics["num_elites"]),
             "tokens": tokens,
             "tokens_per_second": tokens / max(played.seconds["model"], 1e-9),
+            **({"device_memory": memory} if (memory := device_memory()) else {}),
         }
 
     def _log_experts(self, lineage: JsonlWriter, experts: Any) -> None:
@@ -275,12 +288,6 @@ class Search:
 
     def _named(self, scores: Any) -> dict[str, float]:
         return dict(zip(self._config.tasks, map(float, scores), strict=True))
-
-
-def _note(row: Mapping[str, Any], failures: Failures) -> str:
-    best = " ".join(f"{best:.2f}" for best in row["best"])
-    note = f"coverage {np.mean(row['coverage']):.0%}  best {best}  mean {row['best_mean']:.2f}"
-    return f"{note}  {failures}" if failures else note
 
 
 def _now() -> float:

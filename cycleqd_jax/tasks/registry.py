@@ -39,6 +39,16 @@ BENCHMARKS: Mapping[str, Callable[[], Task]] = MappingProxyType(
 )
 
 
+def make_task(name: str) -> Task:
+    """Make the task of a name; one of the user's own is named as for `make_tasks`.
+
+    Raises:
+        ValueError: the name is unknown, or a benchmark's files are missing.
+    """
+    _check_known([name])
+    return _make(name)
+
+
 def make_tasks(names: Sequence[str]) -> list[Task]:
     """Make the tasks of these names, in this order.
 
@@ -48,13 +58,7 @@ def make_tasks(names: Sequence[str]) -> list[Task]:
         ValueError: a name is unknown or repeated, there are fewer than two, or a benchmark's files
             are missing.
     """
-    known = {**TASKS, **BENCHMARKS}
-    unknown = [name for name in names if name not in known and ":" not in name]
-    if unknown:
-        raise ValueError(
-            f"expected task names among {', '.join(known)}, found {', '.join(map(repr, unknown))} "
-            "(a task of your own is MODULE:CLASS)"
-        )
+    _check_known(names)
     if len(set(names)) != len(names):
         raise ValueError(f"expected each task once, found {', '.join(names)}")
     if len(names) < 2:
@@ -62,13 +66,28 @@ def make_tasks(names: Sequence[str]) -> list[Task]:
             f"expected at least two tasks (one archive each), found {len(names)}: "
             "quality-diversity needs another task to be diverse in"
         )
-    tasks = [known[name]() if name in known else _import_task(name) for name in names]
+    tasks = [_make(name) for name in names]
     if len({task.name for task in tasks}) != len(tasks):
         raise ValueError(
             "expected tasks of different names, found "
             + ", ".join(f"{task.name!r} ({name})" for name, task in zip(names, tasks, strict=True))
         )
     return tasks
+
+
+def _check_known(names: Sequence[str]) -> None:
+    known = {**TASKS, **BENCHMARKS}
+    unknown = [name for name in names if name not in known and ":" not in name]
+    if unknown:
+        raise ValueError(
+            f"expected task names among {', '.join(known)}, found {', '.join(map(repr, unknown))} "
+            "(a task of your own is MODULE:CLASS)"
+        )
+
+
+def _make(name: str) -> Task:
+    known = {**TASKS, **BENCHMARKS}
+    return known[name]() if name in known else _import_task(name)
 
 
 def _import_task(path: str) -> Task:
