@@ -126,6 +126,13 @@ class Problem:
                 turns.append(Message("user", observation))
         return tuple(turns)
 
+    def ideal_answer(self, turn: int, heard: str) -> str:
+        """What an ideal agent says, having ``heard`` the message before; "" when it is done.
+
+        Problems whose answer is known only once the environment has spoken override this.
+        """
+        return self.answers[turn] if turn < len(self.answers) else ""
+
 
 P = TypeVar("P", bound=Problem)
 

@@ -22,7 +22,7 @@ class ScriptedPolicy:
 
 
 def ideal_policy(problems: Iterable[Problem]) -> ScriptedPolicy:
-    """The agent that says what the problems' demonstrations say, turn by turn.
+    """The agent that says what the problems' ideal answers are, turn by turn.
 
     Every candidate is ideal. A conversation is recognised by how it begins, so problems of several
     tasks may come together. After its last answer the agent says nothing more.
@@ -30,19 +30,19 @@ def ideal_policy(problems: Iterable[Problem]) -> ScriptedPolicy:
     Raises:
         ValueError: asked about a conversation that begins like no demonstration.
     """
-    known: dict[tuple[Message, ...], tuple[str, ...]] = {}
+    known: dict[tuple[Message, ...], Problem] = {}
     for problem in problems:
         talk = problem.demonstration
         # Answers, and the observations between them, stand at the end.
-        known[talk[: len(talk) - 2 * len(problem.answers) + 1]] = problem.answers
+        known[talk[: len(talk) - 2 * len(problem.answers) + 1]] = problem
     lengths = sorted({len(opening) for opening in known})
 
     def speak(request: Request) -> str:
         for length in lengths:
-            answers = known.get(request.messages[:length])
-            if answers is not None:
+            problem = known.get(request.messages[:length])
+            if problem is not None:
                 turn = (len(request.messages) - length) // 2
-                return answers[turn] if turn < len(answers) else ""
+                return problem.ideal_answer(turn, request.messages[-1].content)
         raise ValueError(
             "ideal policy: expected a conversation that begins like a demonstration of one of "
             f"{len(known)} problems, found {request.messages[:1]}"

@@ -38,6 +38,13 @@ class OSBenchProblem(Problem):
         question, *rest = super().demonstration
         return (*prompt.opening(question.content), *rest)
 
+    def ideal_answer(self, turn: int, heard: str) -> str:
+        """The reference solution, then the last line that it printed."""
+        if turn < len(self.answers):
+            return self.answers[turn]
+        lines = heard.splitlines()
+        return prompt.write_commit(lines[-1] if len(lines) > 1 else None)
+
 
 @dataclass(frozen=True)
 class OSBenchTask:
