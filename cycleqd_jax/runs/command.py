@@ -40,6 +40,9 @@ class Command:
         watch: what is shown and logged while it runs.
         out: folder of the run.
         cache: folder that runs share: decompositions, compiled programs.
+        data: folder with the files of public benchmarks; by default ``$CYCLEQD_DATA``.
+        db: ``mysql://USER:PASSWORD@HOST:PORT`` of a MySQL or MariaDB server for database problems;
+            by default ``$CYCLEQD_DB``, or else SQLite in the sandbox.
         transcripts: write every episode to ``OUT/transcripts``.
         dry_run: check everything, print the plan and stop; nothing is written to ``OUT``.
         architecture: a model of ``python -m cycleqd_jax.plan`` that a dry run plans with while the
@@ -51,6 +54,8 @@ class Command:
     watch: Watch = field(default_factory=Watch)
     out: Path = Path("runs/evolve")
     cache: Path = field(default_factory=default_cache)
+    data: Path | None = None
+    db: str | None = None
     transcripts: bool = False
     dry_run: bool = False
     architecture: str | None = None

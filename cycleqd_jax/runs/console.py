@@ -1,5 +1,6 @@
 """What the scripts under ``experiments/`` share: arguments and plain error messages."""
 
+import re
 import shlex
 import sys
 from collections.abc import Iterator, Sequence
@@ -48,8 +49,8 @@ def parse_experts(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def reproduce_command() -> str:
-    """Return the command line this process was started with."""
-    return shlex.join(["python", *sys.argv])
+    """Return the command line this process was started with, but for passwords in URLs."""
+    return re.sub(r"(\w://[^:/@\s]*):[^/@\s]*@", r"\1:***@", shlex.join(["python", *sys.argv]))
 
 
 def _escape(text: str) -> str:

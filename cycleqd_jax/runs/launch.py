@@ -1,5 +1,7 @@
 """From a command to a run: look before anything long, then run, or print the plan and stop."""
 
+import os
+
 from rich.console import Console
 
 from cycleqd_jax.runs import compilation
@@ -21,6 +23,7 @@ def launch(command: Command, *, train_seconds: float = 0.0, console: Console | N
         ValueError, SandboxUnavailable, KeyboardInterrupt: as of `evolve`.
     """
     console = console or Console()
+    _say_where(command)
     if not command.dry_run:
         compilation.cache_compilations(command.cache)
         if (command.out / "summary.json").exists():  # needs nothing any more
@@ -36,6 +39,13 @@ def launch(command: Command, *, train_seconds: float = 0.0, console: Console | N
     preflight.refuse()
     if not command.dry_run:
         _evolve(command, train_seconds, console)
+
+
+def _say_where(command: Command) -> None:
+    """Tell the tasks where their files and their server are, as the environment would."""
+    for name, value in (("CYCLEQD_DATA", command.data), ("CYCLEQD_DB", command.db)):
+        if value is not None:
+            os.environ[name] = str(value)
 
 
 def _evolve(command: Command, train_seconds: float, console: Console) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cycleqd_jax.runs.console import main_guard, parse_experts
+from cycleqd_jax.runs.console import main_guard, parse_experts, reproduce_command
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 
@@ -32,6 +32,13 @@ def test_an_error_is_one_message_and_exit_code_2(capsys: pytest.CaptureFixture[s
         raise ValueError("model[0]: expected 3, found 4")
     assert end.value.code == 2
     assert "model[0]: expected 3, found 4" in capsys.readouterr().err
+
+
+def test_a_command_is_written_down_without_passwords(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["evolve.py", "--db", "mysql://me:se:cret@host:3306", "a b"])
+    assert reproduce_command() == "python evolve.py --db mysql://me:***@host:3306 'a b'"
+    monkeypatch.setattr(sys, "argv", ["evolve.py", "--db=mysql://host:3306", "--out", "x@y"])
+    assert reproduce_command() == "python evolve.py --db=mysql://host:3306 --out x@y"
 
 
 def test_an_interrupted_script_says_how_to_go_on(capsys: pytest.CaptureFixture[str]) -> None:
