@@ -238,7 +238,7 @@ def test_beside_a_qdax_emitter_in_a_multi_emitter():
         key, step_key = jax.random.split(key)
         children, info = algorithm.ask(repertoire, state, step_key)
         assert children["x"].shape == (24, SIZE)
-        assert set(info) == {"parents", "archive"}
+        assert set(info) == {"parents", "archive", "keys"}
         fitnesses, descriptors, extra = score(children, None)
         repertoire, state, metrics = algorithm.tell(
             children, fitnesses, descriptors, repertoire, state, extra
