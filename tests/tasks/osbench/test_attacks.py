@@ -137,6 +137,11 @@ def attempt(machines: Machines, command: str, seconds: float = SECONDS) -> tuple
         machine.close()
 
 
+def patience(ends: set[str]) -> float:
+    """Where the clock may not be what ends a command, it has time to meet what must."""
+    return SECONDS if "late" in ends else 15.0
+
+
 def state() -> tuple[object, ...]:
     """Descriptors and mounts of this process, and the name of this computer."""
     gc.collect()
@@ -163,7 +168,7 @@ def test_greedy_commands_end_within_their_limits(strict: Machines) -> None:
     bystander = subprocess.Popen(["sleep", "600"])
     try:
         with ThreadPoolExecutor(4) as threads:
-            ended = threads.map(lambda a: attempt(strict, a[0]), GREEDY.values())
+            ended = threads.map(lambda a: attempt(strict, a[0], patience(a[1])), GREEDY.values())
             results = dict(zip(GREEDY, ended, strict=True))
         assert bystander.poll() is None
     finally:
@@ -171,7 +176,7 @@ def test_greedy_commands_end_within_their_limits(strict: Machines) -> None:
         bystander.wait()
     wrong = {n: results[n] for n, (_, ends) in GREEDY.items() if results[n][0] not in ends}
     assert wrong == {}
-    slow = {name: found for name, found in results.items() if found[2] > SECONDS + 4.0}
+    slow = {n: results[n] for n, (_, e) in GREEDY.items() if results[n][2] > patience(e) + 4.0}
     assert slow == {}
     assert all(len(output) <= 256 << 10 for _, output, _ in results.values())
     assert attempt(strict, "echo fine", 20.0)[:2] == ("done", "fine\n")
