@@ -188,7 +188,7 @@ def test_some_greedy_commands_end_within_their_limits(strict: Machines) -> None:
              "end the first process", "protocol shown", "NUL and controls")  # fmt: skip
     for name in names:
         command, ends = GREEDY[name]
-        assert (name, attempt(strict, command)[0]) in {(name, end) for end in ends}
+        assert (name, attempt(strict, command, patience(ends))[0]) in {(name, end) for end in ends}
     assert attempt(strict, "echo fine", 20.0)[:2] == ("done", "fine\n")
 
 
