@@ -3,12 +3,16 @@
 import hashlib
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
+from typing import Literal, TypeVar
 
 from cycleqd_jax.sandbox.base import Limits
 from cycleqd_jax.tasks.base import P, Split, Task
+
+R = TypeVar("R")
+Irregular = Literal["error", "skip"]
 
 # Of every ten problems; a public benchmark trains nobody here.
 _SPLIT_OF_DIGIT: tuple[Split, ...] = (
@@ -16,6 +20,43 @@ _SPLIT_OF_DIGIT: tuple[Split, ...] = (
     *("validation",) * 2,
     *("test",) * 4,
 )
+
+
+def make_records(
+    makers: Iterable[tuple[str, Callable[[], R]]],
+    what: str,
+    folder: Path,
+    irregular: Irregular,
+    advice: str = "",
+) -> list[R]:
+    """Make every record of a benchmark; what is wrong with any of them is said at once.
+
+    Args:
+        makers: the place of each, such as file and line, and what makes it: a ValueError,
+            SyntaxError or RecursionError of its says why it is irregular.
+        what: the records' name, for errors.
+        folder: where they are from, for errors.
+        irregular: such a record is an "error", or is left out ("skip").
+        advice: the task that leaves them out, for errors.
+
+    Raises:
+        ValueError: records are irregular, all of them named; or none is left.
+    """
+    records: list[R] = []
+    wrong: list[str] = []
+    for place, make in makers:
+        try:
+            records.append(make())
+        except (ValueError, SyntaxError, RecursionError) as error:
+            wrong.append(f"{place}: {str(error) or type(error).__name__}")
+    if wrong and irregular == "error":
+        raise ValueError(
+            f"{len(wrong)} irregular {what}; correct them, or say that they are to be left out "
+            f"(irregular='skip'{advice and f', task {advice}'}):\n" + "\n".join(wrong)
+        )
+    if not records:
+        raise ValueError(f"{folder}: expected {what}, found none")
+    return records
 
 
 def split_of_group(group: str) -> Split:

@@ -1,10 +1,13 @@
 """DBBench's public files (AgentBench v0.2), read and checked line by line."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from cycleqd_jax.tasks.benchmark import Irregular, make_records
 
 FILES = ("standard.jsonl", "dev.jsonl")
 CHANGES = ("INSERT", "DELETE", "UPDATE")
@@ -71,7 +74,7 @@ class Record:
 
 
 def read_records(
-    folder: Path, *, irregular: Literal["error", "skip"] = "error", files: Sequence[str] = FILES
+    folder: Path, *, irregular: Irregular = "error", files: Sequence[str] = FILES
 ) -> list[Record]:
     """Read the problems of a DBBench folder, in the order of its files.
 
@@ -85,25 +88,21 @@ def read_records(
         ValueError: a file is missing or not UTF-8, or records are irregular: all of them are named,
             by file and line.
     """
-    records: list[Record] = []
-    wrong: list[str] = []
+    what = f"DBBench records in {', '.join(files)}"
+    return make_records(_makers(folder, files), what, folder, irregular, "dbbench/loadable")
+
+
+def _makers(folder: Path, files: Sequence[str]) -> Iterator[tuple[str, Callable[[], Record]]]:
     index = 0
     for name in files:
         for number, line in _lines(folder / name):
-            try:
-                record_id = f"{name.removesuffix('.jsonl')}/{number - 1}"
-                records.append(_record(json.loads(line), record_id, index))
-            except (ValueError, RecursionError) as error:
-                wrong.append(f"{folder / name}:{number}: {str(error) or type(error).__name__}")
+            record_id = f"{name.removesuffix('.jsonl')}/{number - 1}"
+            yield f"{folder / name}:{number}", partial(_parse, line, record_id, index)
             index += 1
-    if wrong and irregular == "error":
-        raise ValueError(
-            f"{len(wrong)} irregular DBBench records; correct them, or say that they are to be "
-            "left out (irregular='skip', task dbbench/loadable):\n" + "\n".join(wrong)
-        )
-    if not records:
-        raise ValueError(f"{folder}: expected DBBench records in {', '.join(files)}, found none")
-    return records
+
+
+def _parse(line: str, record_id: str, index: int) -> Record:
+    return _record(json.loads(line), record_id, index)
 
 
 def in_paper(record: Record) -> bool:

@@ -1,11 +1,13 @@
 """The public files of AgentBench v0.2's OS interaction, read and checked problem by problem."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+from cycleqd_jax.tasks.benchmark import Irregular, make_records
 
 CATEGORIES = ("1", "2", "3", "4", "5", "6", "7")
 LANGUAGES = ("bash", "python")
@@ -68,7 +70,7 @@ class Record:
         return self.example.code.strip() if self.example else self.description
 
 
-def read_records(folder: Path, *, irregular: Literal["error", "skip"] = "error") -> list[Record]:
+def read_records(folder: Path, *, irregular: Irregular = "error") -> list[Record]:
     """Read the problems of an OS interaction folder: the categories 1 to 7, then dev.
 
     Args:
@@ -81,25 +83,17 @@ def read_records(folder: Path, *, irregular: Literal["error", "skip"] = "error")
         ValueError: files are missing or not JSON, or problems are irregular: all of them are named,
             by file and place.
     """
-    records: list[Record] = []
-    wrong: list[str] = []
+    return make_records(_makers(folder), "OS problems", folder, irregular, "osbench/offline")
+
+
+def _makers(folder: Path) -> Iterator[tuple[str, Callable[[], Record]]]:
     index = 0
     for path, kind in _files(folder):
         prefix = kind if kind == "dev" else f"{kind}/{path.stem}"
         for place, raw in enumerate(_problems(path)):
-            try:
-                records.append(_record(raw, f"{prefix}/{place}", index, kind))
-            except ValueError as error:
-                wrong.append(f"{path}: problem {place}: {error}")
+            make = partial(_record, raw, f"{prefix}/{place}", index, kind)
+            yield f"{path}: problem {place}", make
             index += 1
-    if wrong and irregular == "error":
-        raise ValueError(
-            f"{len(wrong)} irregular OS problems; correct them, or say that they are to be left "
-            "out (irregular='skip', task osbench/offline):\n" + "\n".join(wrong)
-        )
-    if not records:
-        raise ValueError(f"{folder}: expected OS problems in data/, found none")
-    return records
 
 
 def in_paper(record: Record) -> bool:

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from cycleqd_jax.tasks.benchmark import Irregular, make_records
 from cycleqd_jax.tasks.programs.answers import parse
 from cycleqd_jax.tasks.programs.oracles import Family
 from cycleqd_jax.tasks.programs.restore import restore
@@ -93,9 +94,7 @@ class Record:
     split: OfficialSplit | None = None
 
 
-def read_records(
-    name: Name, folder: Path, *, irregular: Literal["error", "skip"] = "error"
-) -> list[Record]:
+def read_records(name: Name, folder: Path, *, irregular: Irregular = "error") -> list[Record]:
     """Read one benchmark from a folder that holds `FILES`.
 
     Args:
@@ -108,24 +107,17 @@ def read_records(
             them are named, by file and line (by place, where the file is one list).
     """
     path = _find(folder, FILES[name])
-    records: dict[str, Record] = {}
-    wrong: list[str] = []
-    for place, read in _raw_records(path):
-        try:
-            record = _READERS[name](read())
-            if record.id in records:
-                raise ValueError(f"task_id: expected different ones, found {record.id} again")
-            records[record.id] = record
-        except (ValueError, SyntaxError, RecursionError) as error:
-            wrong.append(f"{place}: {str(error) or type(error).__name__}")
-    if wrong and irregular == "error":
-        raise ValueError(
-            f"{len(wrong)} irregular {name} records; correct them, or say that they are to be left "
-            "out (irregular='skip'):\n" + "\n".join(wrong)
-        )
-    if not records:
-        raise ValueError(f"{path}: expected {name} records, found none")
-    return list(records.values())
+    seen: set[str] = set()
+
+    def make(read: Callable[[], Any]) -> Record:
+        record = _READERS[name](read())
+        if record.id in seen:
+            raise ValueError(f"task_id: expected different ones, found {record.id} again")
+        seen.add(record.id)
+        return record
+
+    makers = ((place, partial(make, read)) for place, read in _raw_records(path))
+    return make_records(makers, f"{name} records", path, irregular)
 
 
 def _find(folder: Path, pattern: str) -> Path:

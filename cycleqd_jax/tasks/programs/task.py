@@ -8,7 +8,7 @@ from typing import Literal
 from cycleqd_jax.cache import default_cache
 from cycleqd_jax.sandbox.base import Limits, Sandbox
 from cycleqd_jax.tasks.base import Ask, Episode, Message, Problem, Split
-from cycleqd_jax.tasks.benchmark import choose_problems, data_folder
+from cycleqd_jax.tasks.benchmark import Irregular, choose_problems, data_folder
 from cycleqd_jax.tasks.programs import prompt
 from cycleqd_jax.tasks.programs.judging import LIMITS, Suite, Verdict, judge, judge_all
 from cycleqd_jax.tasks.programs.records import FILES, Name, OfficialSplit, Record, read_records
@@ -167,7 +167,7 @@ def open_programs(
     folder: Path,
     *,
     preset: Literal["published", "paper"] = "published",
-    irregular: Literal["error", "skip"] = "error",
+    irregular: Irregular = "error",
     cache: Path | None = None,
     sandbox: Sandbox | None = None,
 ) -> ProgramTask:
