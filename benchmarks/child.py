@@ -17,8 +17,6 @@ arithmetic (2 m n R operations a matrix, all three experts' directions) at the s
 float32 product and of bytes (factors, base and child) at the speed of a copy, both measured in this
 run. At full rank that is more than the peer needs in all: it adds the directions of one expert in
 bfloat16, ours those of three in float32, since a gain of any of them may differ by then.
-"bfloat16 factors" stores the directions as the peer does: half the bytes, faster products, and an
-error far below the last bit of bfloat16 weights.
 """
 
 import argparse
@@ -74,19 +72,17 @@ def main() -> None:
     options = parser.parse_args()
 
     disable_progress_bar()
-    speed, short_speed = matmul_rate(), matmul_rate(jnp.bfloat16)
-    bandwidth = copy_bandwidth()
+    speed, bandwidth = matmul_rate(), copy_bandwidth()
     print(
-        f"this machine: {speed / 1e9:.0f} GFLOP/s in float32, {short_speed / 1e9:.0f} in bfloat16, "
-        f"copies at {bandwidth / 1e9:.1f} GB/s"
+        f"this machine: {speed / 1e9:.0f} GFLOP/s in float32, copies at {bandwidth / 1e9:.1f} GB/s"
     )
     rows = []
     for rank in (None, 64):
         with tempfile.TemporaryDirectory() as folder:
-            rows += compare(Path(folder), rank, options.rounds, speed, short_speed, bandwidth)
+            rows += compare(Path(folder), rank, options.rounds, speed, bandwidth)
     for found in rows:
         print(
-            f"{found['row']:38s} {found['ours']:7.3f} s   {found['peer_name']:24s} "
+            f"{found['row']:24s} {found['ours']:7.3f} s   {found['peer_name']:24s} "
             f"{found['peer']:7.3f} s   ratio {found['ratio']:6.2f}   limit {found['limit']:6.3f} s "
             f"({found['limit'] / found['ours']:.0%} reached)"
         )
@@ -94,39 +90,23 @@ def main() -> None:
 
 
 def compare(
-    folder: Path,
-    rank: int | None,
-    rounds: int,
-    speed: float,
-    short_speed: float,
-    bandwidth: float,
+    folder: Path, rank: int | None, rounds: int, speed: float, bandwidth: float
 ) -> list[dict[str, Any]]:
     base = make_models(folder, rank)
     basis, factors = decompose_experts(folder, base, rank)
     peer = Peer(folder, factors)
-    ours, short = Ours(base, basis), Ours(base, in_bfloat16(basis))
+    ours = Ours(base, basis)
     check_agreement(ours, peer)
-    check_agreement(short, peer)
     runs: dict[str, Callable[[], Any]] = {
         "ours": ours.child,
-        "ours, bfloat16 factors": short.child,
         "ours, unbuilt": ours.unbuilt,
         "torch, as published": lambda: peer.child(published=True),
         "torch, lean": lambda: peer.child(published=False),
     }
     medians = {name: statistics.median(s) for name, s in in_turns(runs, rounds).items()}
+    limit = max(operations(basis) / speed, bytes_moved(base, basis) / bandwidth)
     name = f"child, {f'rank {rank}' if rank else 'full rank'}"
-    forms = [
-        (
-            title,
-            form,
-            max(operations(child.basis) / rate, bytes_moved(base, child.basis) / bandwidth),
-        )
-        for title, form, child, rate in (
-            (name, "ours", ours, speed),
-            (f"{name}, bfloat16 factors", "ours, bfloat16 factors", short, short_speed),
-        )
-    ]
+    forms = [(name, "ours", limit)]
     if rank is not None:  # at full rank rows through the factors cost more than a built child
         copies = bytes_moved(base, basis) - 2.0 * sum(x.nbytes for x in jax.tree.leaves(base))
         forms.append((f"{name}, unbuilt", "ours, unbuilt", copies / bandwidth))
@@ -291,17 +271,6 @@ def check_agreement(ours: Ours, peer: Peer) -> None:
         apart = np.linalg.norm(one - start - change) / np.linalg.norm(change)
         if apart > 0.3:
             raise SystemExit(f"{name}: the two children differ by {apart:.0%} of the change")
-
-
-def in_bfloat16(basis: Any) -> Any:
-    """The basis with directions stored in bfloat16; shifts of vectors stay as they are."""
-
-    def short(factors: Any) -> Any:
-        if not isinstance(factors, MatrixFactors):
-            return factors
-        return factors.replace(u=factors.u.astype(jnp.bfloat16), v=factors.v.astype(jnp.bfloat16))
-
-    return jax.tree.map(short, basis, is_leaf=is_factors)
 
 
 def operations(basis: Any) -> float:

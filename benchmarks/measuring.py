@@ -65,14 +65,10 @@ def in_turns(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, li
     return seconds
 
 
-def matmul_rate(dtype: Any = jnp.float32, side: int = 3072) -> float:
-    """Operations a second of a large product of this dtype, summed in float32."""
-    square = jnp.ones((side, side), dtype)
-    product = jax.jit(
-        lambda a: jnp.matmul(
-            a, a, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
-        )
-    )
+def matmul_rate(side: int = 3072) -> float:
+    """Operations a second of a large float32 product."""
+    square = jnp.ones((side, side), jnp.float32)
+    product = jax.jit(lambda a: jnp.matmul(a, a, precision=jax.lax.Precision.HIGHEST))
     return 2.0 * side**3 / best_of(5, lambda: jax.block_until_ready(product(square)))
 
 
