@@ -17,7 +17,8 @@ from cycleqd_jax.models.kernels import attach
 from cycleqd_jax.models.lora import is_adapter, load_adapter
 from cycleqd_jax.models.specs import roles
 from cycleqd_jax.models.tokenizer import load_tokenizer, tokenizer_fingerprint
-from cycleqd_jax.runs.files import read_json
+from cycleqd_jax.runs.config import RunConfig
+from cycleqd_jax.runs.folder import RunFiles, read_config
 from cycleqd_jax.runs.harness import PopulationLM
 from cycleqd_jax.runs.local_tasks import LOCAL_TASKS
 from cycleqd_jax.runs.workspace import Workspace
@@ -170,23 +171,20 @@ def models_of_run(folder: Path) -> tuple[str, dict[str, Path]]:
         each with its folder.
 
     Raises:
-        ValueError: the folder holds no run, or one that is not finished.
+        RunFolderError: the folder holds no run, or one of another version of the library.
+        ValueError: the run is not finished.
     """
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"{folder}: expected a run's folder with config.json, found none")
-    config = read_json(folder / "config.json")
-    if not isinstance(config.get("experts"), dict):
-        raise ValueError(f"{folder}: expected a run's folder, found a config.json of another kind")
-    models = {"base": Path(config["base"])}
-    models |= {f"expert/{name}": Path(path) for name, path in config["experts"].items()}
-    found = {f"cycleqd/{name}": folder / name for name in ("best", "aggregate")}
+    config, files = RunConfig.from_json(read_config(folder)), RunFiles(folder)
+    models = {"base": Path(config.base)}
+    models |= {f"expert/{name}": Path(path) for name, path in config.experts.items()}
+    found = {"cycleqd/best": files.best, "cycleqd/aggregate": files.aggregate}
     missing = [str(path) for path in found.values() if not path.is_dir()]
     if missing:
         raise ValueError(
             f"{folder}: expected a finished run, found no {', '.join(missing)}: start the run's "
             "command again to finish it"
         )
-    return config["base"], models | found
+    return config.base, models | found
 
 
 def scores_of(results: Mapping[str, Any]) -> Scores:

@@ -9,8 +9,9 @@ pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install '.[
 
 from rich.console import Console
 
+from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.family import Family
-from cycleqd_jax.runs.files import write_json_atomic
+from cycleqd_jax.runs.folder import RunFolder, RunFolderError
 from cycleqd_jax.runs.local_tasks import arc_easy
 from cycleqd_jax.runs.retention import (
     Tasks,
@@ -76,16 +77,22 @@ def test_a_population_has_the_scores_of_its_models_alone(family: Family, tmp_pat
 
 
 def test_a_run_names_its_models(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"expected a run's folder with config\.json"):
+    with pytest.raises(
+        RunFolderError, match=r"expected the folder of a run, found no config\.json"
+    ):
         models_of_run(tmp_path)
-    write_json_atomic(tmp_path / "config.json", {"base": "/b", "experts": {"sql": "/s"}})
+    config = RunConfig(base="/b", experts={"sql": "/s", "code": "/c"}, tasks=("database", "coding"))
+    with RunFolder.open(tmp_path, config.to_json()):
+        pass
     with pytest.raises(ValueError, match=r"expected a finished run, found no .*best"):
         models_of_run(tmp_path)
     for name in ("best", "aggregate"):
         (tmp_path / name).mkdir()
     base, models = models_of_run(tmp_path)
     assert base == "/b"
-    assert list(models) == ["base", "expert/sql", "cycleqd/best", "cycleqd/aggregate"]
+    assert list(models) == [
+        "base", "expert/sql", "expert/code", "cycleqd/best", "cycleqd/aggregate",
+    ]  # fmt: skip
 
 
 def test_unknown_tasks_are_refused() -> None:
