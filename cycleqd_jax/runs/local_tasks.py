@@ -129,7 +129,10 @@ def _dataset(path: Path, read: Callable[[Any], Doc], examples: int) -> Callable[
 
 
 def _docs(path: Path, read: Callable[[Any], Doc]) -> Iterator[Doc]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    # Not splitlines: a text may hold a line separator that is none to JSON.
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), start=1):
+        if not line.strip():
+            continue
         try:
             yield read(json.loads(line))
         except (KeyError, TypeError, ValueError) as error:

@@ -79,6 +79,13 @@ def test_choices_may_be_numbered_and_three(tmp_path: Path) -> None:
     assert score(task, docs[1], likely)["acc/none"] == 0
 
 
+def test_a_line_separator_inside_a_text_ends_no_line(tmp_path: Path) -> None:
+    record = {"question": "How many?\u2028Say it.", "answer": "A lot.\x85\n#### 5"}
+    path = tmp_path / "test.jsonl"
+    path.write_text((json.dumps(record, ensure_ascii=False) + "\n\n") * 2, encoding="utf-8")
+    assert list(load(gsm8k(path, shots=1)).test_docs()) == [record]
+
+
 def test_a_bad_line_is_named(tmp_path: Path) -> None:
     path = write(tmp_path / "bad.jsonl", [question("a", "ABCD", "A"), question("a", "ABCD", "E")])
     with pytest.raises(ValueError, match=r"bad\.jsonl line 2: .*answerKey"):
