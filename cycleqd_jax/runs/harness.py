@@ -7,7 +7,6 @@ done. Tokens, truncation and stopping are those of the harness's own backend for
 (`HFLM` with batches of one, whose answers do not depend on the order of the requests).
 """
 
-import copy
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -134,9 +133,14 @@ class PopulationLM(TemplateLM):
         Returns:
             One `LM` a candidate. Those of earlier weights must not be asked any more.
         """
-        self.forget()
+        self.release()
         self._params = unstack_layers(params)
         return self.models
+
+    def release(self) -> None:
+        """Let go of weights and answers: nothing can be asked before the next `use`."""
+        self.forget()
+        self._params = None
 
     @property
     def models(self) -> list["CandidateLM"]:
@@ -312,7 +316,7 @@ class PopulationLM(TemplateLM):
         ]
 
     def _options(self, given: Mapping[str, Any]) -> "_Options":
-        options = dict(normalize_gen_kwargs(copy.deepcopy(dict(given)), self.max_gen_toks))
+        options = dict(normalize_gen_kwargs(dict(given), self.max_gen_toks))
         end = self.tokenizer.decode(self.eot_token_id, skip_special_tokens=False)
         until = handle_stop_sequences(options.pop("until"), eos=end)
         longest, sampled = options.pop("max_gen_toks"), options.pop("do_sample")

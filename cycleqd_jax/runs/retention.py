@@ -151,6 +151,7 @@ def each_model(
             population.use(params)
         del params
         yield name, population
+        population.release()  # before the next one is read
 
 
 def _load(folder: Path, base: str | Path | None) -> tuple[LlamaConfig, Any, Any]:

@@ -212,7 +212,7 @@ def test_what_cannot_be_answered_is_refused(bred: Family, single: PopulationLM) 
     with pytest.raises(ValueError, match="max_length: expected 1 to 64"):
         PopulationLM(bred.config, bred.tokenizer, max_length=65)
     (unready,) = PopulationLM(bred.config, bred.tokenizer, bred.base).use(bred.base)
-    unready._population._params = None
+    unready._population.release()
     with pytest.raises(ValueError, match="call `use` first"):
         unready.loglikelihood([ask("a", "b")])
 

@@ -1,5 +1,7 @@
+import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -9,6 +11,7 @@ pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install '.[
 
 from rich.console import Console
 
+from cycleqd_jax.runs import retention
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.family import Family
 from cycleqd_jax.runs.folder import RunFolder, RunFolderError
@@ -44,7 +47,6 @@ def arc_file(folder: Path) -> Path:
 @pytest.mark.slow
 def test_a_population_has_the_scores_of_its_models_alone(family: Family, tmp_path: Path) -> None:
     from cycleqd_jax.merging.spectral import expert_gains, zero_gains
-    from cycleqd_jax.runs.config import RunConfig
     from cycleqd_jax.runs.workspace import open_workspace
 
     config = RunConfig(
@@ -76,6 +78,21 @@ def test_a_population_has_the_scores_of_its_models_alone(family: Family, tmp_pat
     console.file.close()
 
 
+def test_one_model_is_in_memory_at_a_time(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = []
+    load = retention._load
+
+    def count_and_load(*arguments: Any) -> Any:
+        gc.collect()
+        matrices.append(sum(leaf.ndim > 1 for leaf in jax.live_arrays()))
+        return load(*arguments)
+
+    monkeypatch.setattr(retention, "_load", count_and_load)
+    for _, model in each_model({"base": family.base, **family.experts}):
+        assert len(model.models) == 1
+    assert matrices == [matrices[0]] * 4
+
+
 def test_a_run_names_its_models(tmp_path: Path) -> None:
     with pytest.raises(
         RunFolderError, match=r"expected the folder of a run, found no config\.json"
@@ -95,6 +112,12 @@ def test_a_run_names_its_models(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_unknown_tasks_are_refused() -> None:
+def test_no_tasks_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one"):
         Tasks([])
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'no_such_task' is not .*local ones: gsm8k_local, arc"):
+        Tasks(["no_such_task"])
