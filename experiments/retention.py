@@ -48,7 +48,8 @@ def main() -> None:
         parser.error(str(missing))
 
     base, models = (None, {}) if args.run is None else models_of_run(args.run)
-    models |= {name: Path(folder) for name, folder in parse_experts(args.models).items()}
+    own = parse_experts(args.models, "--models")
+    models |= {name: Path(folder) for name, folder in own.items()}
     if not models:
         parser.error("expected --run DIR or --models NAME=DIR …")
     cache_compilations(args.cache)

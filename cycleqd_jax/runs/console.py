@@ -31,8 +31,8 @@ def main_guard() -> Iterator[None]:
         sys.exit(130)
 
 
-def parse_experts(arguments: Sequence[str]) -> dict[str, str]:
-    """Read ``NAME=DIR`` arguments.
+def parse_experts(arguments: Sequence[str], option: str = "--experts") -> dict[str, str]:
+    """Read ``NAME=DIR`` arguments of an option.
 
     Raises:
         ValueError: one has no name or folder, or a name comes twice.
@@ -41,9 +41,9 @@ def parse_experts(arguments: Sequence[str]) -> dict[str, str]:
     for argument in arguments:
         name, sign, folder = argument.partition("=")
         if not (name and sign and folder):
-            raise ValueError(f"--experts: expected NAME=DIR, found {argument!r}")
+            raise ValueError(f"{option}: expected NAME=DIR, found {argument!r}")
         if name in experts:
-            raise ValueError(f"--experts: the name {name!r} was given twice")
+            raise ValueError(f"{option}: the name {name!r} was given twice")
         experts[name] = folder
     return experts
 

@@ -27,6 +27,13 @@ def test_an_expert_given_twice_is_refused() -> None:
         parse_experts(["a=x", "a=y"])
 
 
+def test_the_option_that_was_wrong_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^--models: expected NAME=DIR"):
+        parse_experts(["shell"], "--models")
+    with pytest.raises(ValueError, match=r"^--models: the name"):
+        parse_experts(["a=x", "a=y"], "--models")
+
+
 def test_an_error_is_one_message_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end, main_guard():
         raise ValueError("model[0]: expected 3, found 4")
