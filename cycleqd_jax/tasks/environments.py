@@ -1,5 +1,6 @@
 """What episodes wait for, done in the background: programs in the sandbox, calls in threads."""
 
+import math
 import threading
 import time
 from collections import deque
@@ -33,7 +34,7 @@ class Finished(Generic[W]):
         answer: the program's `Outcome`, or what the function returned.
         error: raised instead; a `TimeoutError` where a call took more than its own seconds.
         seconds: the time the step took itself, without its wait for a turn.
-        late: it took more than it was allowed; there is no answer.
+        late: it took more than it was allowed; a call that did has no answer.
     """
 
     who: W
@@ -156,8 +157,9 @@ class Environments(Generic[W]):
 
     def _time_to_deadline(self) -> float:
         with self._lock:
-            soonest = min(self._made.values(), default=None)
-        return _LONG if soonest is None else max(0.0, soonest - time.monotonic())
+            soonest = min(self._made.values(), default=math.inf)
+        # Never more than a queue can be told to wait.
+        return min(_LONG, max(0.0, soonest - time.monotonic()))
 
     def _give_up_late_calls(self) -> None:
         now = time.monotonic()

@@ -1,5 +1,6 @@
 """Slow, dead and broken environments: each costs its own episode and is seen."""
 
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -103,6 +104,14 @@ def test_a_slow_environment_delays_only_its_own_episode() -> None:
     assert finished[-1] == "0"
     assert played.scores == 1.0
     assert time.monotonic() - started < 10
+
+
+def test_a_call_may_have_all_the_time_there_is() -> None:
+    def turns(problem: Problem) -> Episode:
+        return float((yield Call(lambda: time.sleep(0.05) is None, math.inf)))
+
+    limits = TimeLimits(step=math.inf, episode=math.inf)
+    assert play(Played(turns), 2, limits=limits).scores == 1.0
 
 
 def test_environments_work_while_the_model_speaks() -> None:
