@@ -163,8 +163,12 @@ class Decoder:
         and seed. `max_new_tokens` and `stops` take the place of the constructor's for this call and
         compile nothing. `on_finished` is called, from any thread but once at a time, with the
         number of prompts done since its last call. Raises ValueError for an empty prompt, one that
-        leaves no room for a token, and candidates that do not exist.
+        leaves no room for a token, candidates that do not exist, and less than one new token.
         """
+        if max_new_tokens is not None and max_new_tokens < 1:
+            raise ValueError(
+                f"Decoder: expected max_new_tokens of at least 1, got {max_new_tokens}"
+            )
         weights = self._weights(params)
         check_requests(weights, self.config.max_positions, prompts, candidates, seeds)
         start = time.perf_counter()
@@ -222,10 +226,10 @@ class Decoder:
             weights,
             pad_token=self._pad,
             max_positions=self.config.max_positions,
-            max_new_tokens=max_new_tokens or self._max_new,
+            max_new_tokens=self._max_new if max_new_tokens is None else max_new_tokens,
             max_rows=self._max_rows,
             sampling=sampling,
-            stops=stops or self.stops,
+            stops=self.stops if stops is None else stops,
         )
 
     def _plan(

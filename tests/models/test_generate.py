@@ -286,6 +286,8 @@ def test_candidates_that_do_not_fit_are_refused(model: Any, population: Any) -> 
         decoder(model).decode([[5]], seeds=[-1])
     with pytest.raises(ValueError, match="expected params here or in the constructor"):
         decoder().decode([[5]])
+    with pytest.raises(ValueError, match="max_new_tokens of at least 1, got 0"):
+        decoder(model).decode([[5]], max_new_tokens=0)
 
 
 @pytest.mark.parametrize(
