@@ -99,9 +99,7 @@ class Pool:
         dies again is "killed". Raises SandboxBroken when programs can no longer be started,
         ValueError for a job that does not fit `Limits.file_mb`; nothing is run then.
         """
-        for job in jobs:
-            self._check(job)
-        futures = self.submit(jobs)
+        futures = self._post([self._pack(job) for job in jobs])
         try:
             return [future.result() for future in futures]
         finally:
@@ -114,22 +112,24 @@ class Pool:
 
         Errors are those of `run`, each the future's own. Raises ValueError for a closed sandbox.
         """
-        if self._dispatcher is None:
-            raise ValueError("this sandbox is closed; open another one")
         posted = []
         for job in jobs:
-            future: Future[Outcome] = Future()
             try:
-                self._check(job)
-                body = wire.pack_body(job.kind == "python", job.source, job.files, job.stdin)
-                posted.append(_Posted(job.snapshot, body, future))
+                posted.append(self._pack(job))
             except ValueError as error:
-                future.set_exception(error)
-                posted.append(_Posted(False, b"", future))
-        self._dispatcher.post([one for one in posted if not one.future.done()])
+                unfit = _Posted(False, b"", Future())
+                unfit.future.set_exception(error)
+                posted.append(unfit)
+        return self._post(posted)
+
+    def _post(self, posted: "Sequence[_Posted]") -> list[Future[Outcome]]:
+        dispatcher = self._dispatcher  # another thread may close the sandbox meanwhile
+        if dispatcher is None:
+            raise ValueError("this sandbox is closed; open another one")
+        dispatcher.post([one for one in posted if not one.future.done()])
         return [one.future for one in posted]
 
-    def _check(self, job: Job) -> None:
+    def _pack(self, job: Job) -> "_Posted":
         # Every file takes whole pages of the private directory.
         texts = [*job.files.values(), job.stdin]
         size = sum(-(-len(text.encode(errors="replace")) // 4096) * 4096 for text in texts)
@@ -144,6 +144,8 @@ class Pool:
         ):
             if found > most:
                 raise ValueError(f"Job.{name}: expected a length of at most {most}, found {found}")
+        body = wire.pack_body(job.kind == "python", job.source, job.files, job.stdin)
+        return _Posted(job.snapshot, body, Future())
 
     def close(self) -> None:
         """End all workers; what they have not run is an error. Safe to repeat."""
