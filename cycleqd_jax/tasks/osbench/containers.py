@@ -49,7 +49,7 @@ class Containers:
                 "data/os_interaction/res/dockerfiles, `docker build -f default -t "
                 f"{image} data/os_interaction/res/dockerfiles`"
             ) from error
-        except self._docker.errors.DockerException as error:
+        except (OSError, self._docker.errors.DockerException) as error:
             raise ValueError(
                 f"no Docker engine answers ({error}): start one, or unset CYCLEQD_OS_IMAGE to use "
                 "private machines in the sandbox"
@@ -71,7 +71,8 @@ class Containers:
                 memswap_limit=memory,
                 pids_limit=self._limits.processes,
             )
-        except self._docker.errors.DockerException as error:
+        # The package lets through what its HTTP library raises, which are OSErrors.
+        except (OSError, self._docker.errors.DockerException) as error:
             raise SandboxBroken(f"no container starts any more: {error}") from error
         container = Container(self._client, running, self._limits, self._docker.errors)
         try:
@@ -146,8 +147,8 @@ class Container:
         if self._socket is not None:
             with contextlib.suppress(OSError):
                 self._socket.close()
-        # It may be gone already.
-        with contextlib.suppress(self._errors.DockerException):
+        # It may be gone already, or the engine is.
+        with contextlib.suppress(OSError, self._errors.DockerException):
             self._running.kill()
 
     def _receive(self, seconds: float) -> bytes | None:

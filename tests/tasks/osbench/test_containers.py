@@ -128,6 +128,25 @@ def test_a_flood_ends_the_container(client: FakeClient) -> None:
     assert client.killed == 1
 
 
+def test_an_engine_that_ends_is_no_crash(client: FakeClient) -> None:
+    backend = Containers("local-os/default")
+    container = backend.boot()
+
+    # The package's HTTP library raises OSErrors, not the package's own exceptions.
+    def gone(*_: Any, **__: Any) -> None:
+        raise ConnectionError("engine gone")
+
+    container._running.kill = container._running.exec_run = gone
+    client.containers.run = client.images.get = gone
+    with pytest.raises(MachineLost, match="engine gone"):
+        container.run(["true"], 1.0)
+    container.close()
+    with pytest.raises(SandboxBroken, match="no container starts any more: engine gone"):
+        backend.boot()
+    with pytest.raises(ValueError, match=r"no Docker engine answers \(engine gone\): start one"):
+        Containers("local-os/default")
+
+
 def test_what_is_missing_is_said(client: FakeClient, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"no image 'other': build it .*docker build"):
         Containers("other")
