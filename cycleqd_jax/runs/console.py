@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
+from rich.markup import escape
 
 from cycleqd_jax.runs.failures import GenerationFailed
 from cycleqd_jax.sandbox.base import SandboxBroken, SandboxUnavailable
@@ -24,7 +25,7 @@ def main_guard() -> Iterator[None]:
         SandboxBroken,
         GenerationFailed,
     ) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True)
+        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted: start the same command again to go on")
@@ -51,7 +52,3 @@ def parse_experts(arguments: Sequence[str], option: str = "--experts") -> dict[s
 def reproduce_command() -> str:
     """Return the command line this process was started with, but for passwords in URLs."""
     return re.sub(r"(\w://[^:/@\s]*):[^/@\s]*@", r"\1:***@", shlex.join(["python", *sys.argv]))
-
-
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")

@@ -22,7 +22,7 @@ from cycleqd_jax.runs.finalists import Choice, Finals, choose_finals, choose_uni
 from cycleqd_jax.runs.folder import RunFolder
 from cycleqd_jax.runs.lineage import FamilyTree, read_births
 from cycleqd_jax.runs.monitor import Monitor, draw_run
-from cycleqd_jax.runs.parents import check_parents
+from cycleqd_jax.runs.parents import check_parents, record_parents
 from cycleqd_jax.runs.rebuild import digests
 from cycleqd_jax.runs.release import make_card
 from cycleqd_jax.runs.report import results_table, summary
@@ -87,6 +87,8 @@ def evolve(
             return done
         clock = Clock()
         workspace = open_workspace(config, cache)
+        if not folder.parents_file.exists():
+            record_parents(folder.parents_file, workspace.folders, workspace.digests)
         check_parents(folder.parents_file, workspace.folders, workspace.digests)
         _report_compatibility(console, workspace, folder)
         console.print(

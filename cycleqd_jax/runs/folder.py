@@ -253,6 +253,16 @@ def read_config(path: Path) -> dict[str, Any]:
         raise RunFolderError(f"{error}; restore the file or name another folder") from error
     if not isinstance(found, dict):
         raise RunFolderError(f"{config_file}: expected a JSON object; restore the file")
+    return check_format(path, found)
+
+
+def check_format(path: Path, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in a run's config, without its format.
+
+    Raises:
+        RunFolderError: another version of the library wrote them.
+    """
+    found = dict(config)
     version = found.pop("format", 1)
     if version != FORMAT:
         age = "an older" if isinstance(version, int) and version < FORMAT else "a newer"

@@ -6,11 +6,12 @@ last checkpoint is: what was logged after it is logged again, and replaces it.
 
 import importlib
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
+from cycleqd_jax.runs.files import write_text_atomic
 from cycleqd_jax.runs.watch import LoggerName
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
@@ -64,7 +65,7 @@ class WandbLogger:
         module = _import("wandb")
         file = folder / "wandb-id"
         if not file.exists():
-            file.write_text(uuid.uuid4().hex, encoding="utf-8")
+            write_text_atomic(file, uuid.uuid4().hex)
         self._run = module.init(
             project="cycleqd",
             dir=str(folder),
@@ -87,8 +88,8 @@ class WandbLogger:
 
 def open_loggers(
     names: Sequence[LoggerName], folder: Path, config: Mapping[str, Any], done: int
-) -> list[Logger]:
-    """Open the loggers of a run.
+) -> Iterator[Logger]:
+    """Open the loggers of a run, one after the other; each is to be closed.
 
     Args:
         names: which.
@@ -100,13 +101,11 @@ def open_loggers(
         ValueError: a package is not installed; the message says how to install it.
     """
     check_loggers(names)
-    loggers: list[Logger] = []
     for name in names:
         if name == "tensorboard":
-            loggers.append(TensorBoardLogger(folder / "tensorboard", done))
+            yield TensorBoardLogger(folder / "tensorboard", done)
         else:
-            loggers.append(WandbLogger(folder, config))
-    return loggers
+            yield WandbLogger(folder, config)
 
 
 def check_loggers(names: Sequence[LoggerName]) -> None:

@@ -79,7 +79,6 @@ class Monitor:
         self._loggers: list[Logger] = []
         self._profile_from: int | None = None
         self._profiling = False
-        self._open = ExitStack()
 
     def watching(self, done: int, generations: int) -> "Monitor":
         """Say where this start begins and ends; returns itself, to be entered.
@@ -95,12 +94,16 @@ class Monitor:
         return self
 
     def __enter__(self) -> "Monitor":
-        self._loggers = open_loggers(self._watch.log, self._folder.path, self._config, self._done)
-        for logger in self._loggers:
-            self._open.callback(logger.close)
-        self._open.callback(self._stop_profile)
-        self._open.enter_context(self._interrupts)
-        self._profile(self._done)
+        with ExitStack() as opening:  # what is open already is closed if the rest does not open
+            for logger in open_loggers(
+                self._watch.log, self._folder.path, self._config, self._done
+            ):
+                opening.callback(logger.close)
+                self._loggers.append(logger)
+            opening.callback(self._stop_profile)
+            opening.enter_context(self._interrupts)
+            self._profile(self._done)
+            self._open = opening.pop_all()
         return self
 
     def __exit__(

@@ -18,8 +18,14 @@ class ParentsError(ValueError):
     """A model is not the one the run began with."""
 
 
+def record_parents(record: Path, folders: Mapping[str, str], digests: Mapping[str, str]) -> None:
+    """Write down which models a run begins with; arguments as of `check_parents`."""
+    rows = {name: {"folder": folders[name], "digest": digests[name]} for name in folders}
+    write_json_atomic(record, rows)
+
+
 def check_parents(record: Path, folders: Mapping[str, str], digests: Mapping[str, str]) -> None:
-    """Hold the models against the run's record; a run without one gets it.
+    """Hold the models against the run's record.
 
     Args:
         record: the run's file.
@@ -27,12 +33,12 @@ def check_parents(record: Path, folders: Mapping[str, str], digests: Mapping[str
         digests: model to the digest of its weights and config.
 
     Raises:
-        ParentsError: a model has changed since the run began.
+        ParentsError: a model has changed since the run began, or there is no record.
     """
     if not record.exists():
-        rows = {name: {"folder": folders[name], "digest": digests[name]} for name in folders}
-        write_json_atomic(record, rows)
-        return
+        raise ParentsError(
+            f"{record}: no such file, so nobody knows which models the run began with; restore it"
+        )
     written = read_json(record)
     changed = [
         name for name, digest in digests.items() if written.get(name, {}).get("digest") != digest

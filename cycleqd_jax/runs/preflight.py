@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from rich.markup import escape
 from rich.table import Table
 
 from cycleqd_jax.models.compatibility import check_family
@@ -20,7 +21,7 @@ from cycleqd_jax.plan import describe
 from cycleqd_jax.runs.command import Command
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.loggers import check_loggers
-from cycleqd_jax.runs.needs import Needs, device_here, named_device, needs_of, short_disks
+from cycleqd_jax.runs.needs import Device, Needs, device_here, named_device, needs_of, short_disks
 from cycleqd_jax.runs.policy import Conversations
 from cycleqd_jax.sandbox import (
     Job,
@@ -233,10 +234,10 @@ class Preflight:
 
     def _machine(self, architecture: LlamaConfig, longest: int | None) -> None:
         """Hold memory and disks against what is needed."""
-        config, chip = self._config, self._command.chip
+        config = self._config
         prompt = longest or Workload.prompt
         try:
-            device = named_device(chip) if chip is not None else device_here()
+            device = _device(self._command)
             self.needs = needs = needs_of(config, architecture, prompt)
         except ValueError as error:
             self._note("memory", "failed", str(error), "see --max-new-tokens and --chip")
@@ -304,7 +305,7 @@ def findings_table(findings: Sequence[Finding]) -> Table:
     for finding in findings:
         said = finding.said if finding.status == "ok" else f"{finding.said}\n{finding.advice}"
         status = f"[{colours[finding.status]}]{finding.status}[/]"
-        table.add_row(finding.check, status, _escape(said.strip()))
+        table.add_row(escape(finding.check), status, escape(said.strip()))
     return table
 
 
@@ -322,7 +323,7 @@ def plan_text(command: Command, needs: Needs | None) -> str:
     ]
     if needs is None:
         return "\n".join(lines)
-    device = named_device(command.chip) if command.chip is not None else device_here()
+    device = _device(command)
     lines.append("")
     if device.chip is not None:
         lines += [describe(needs.plan, device.chip), ""]
@@ -351,5 +352,8 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:,.1f} GB"
 
 
-def _escape(text: str) -> str:
-    return text.replace("[", r"\[")
+def _device(command: Command) -> Device:
+    """What a run computes on; only a dry run may plan for a device that is not here."""
+    if command.dry_run and command.chip is not None:
+        return named_device(command.chip)
+    return device_here()

@@ -137,7 +137,7 @@ class Search:
                             "failures": failures.to_json(),
                         },
                     )
-                if stop and not last:
+                if stop:
                     raise KeyboardInterrupt
 
     def _evaluations(self, generation: int) -> int:

@@ -16,6 +16,7 @@ from docstring_parser import parse as parse_docstring
 
 from cycleqd_jax.qd.presets import DEFAULT, PRESETS, Preset
 from cycleqd_jax.runs.console import parse_experts
+from cycleqd_jax.runs.folder import check_format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +59,8 @@ def read_settings(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
 
     Raises:
         ValueError: no such file, no YAML, a setting nobody knows (the nearest known name is said)
-            or a value of another type; all of them at once.
+            or a value of another type; all of them at once. Or the ``config.json`` of a run of
+            another version of the library.
     """
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -70,6 +72,8 @@ def read_settings(path: Path, known: Mapping[str, Setting]) -> dict[str, Any]:
         raise ValueError(
             f"{path}: expected settings, `NAME: VALUE` a line, found {type(data).__name__}"
         )
+    if "format" in data:  # a run's config.json
+        data = check_format(path, data)
     return convert_settings(data, known, str(path))
 
 

@@ -11,6 +11,7 @@ import pytest
 from cycleqd_jax.qd.presets import DEFAULT, PAPER, PRESETS
 from cycleqd_jax.runs.command import known_settings, parse_command
 from cycleqd_jax.runs.config import RunConfig
+from cycleqd_jax.runs.folder import RunFolder, RunFolderError
 
 NEEDED = ["--base", "/b", "--experts", "coding=/c", "shell=/s", "--tasks", "coding", "shell"]
 
@@ -88,9 +89,12 @@ def test_the_command_line_overrides_the_file_and_the_file_the_defaults(tmp_path:
 
 def test_config_json_gives_the_run_back(tmp_path: Path) -> None:
     first = parse_command([*NEEDED, "--preset", "reference", "--temperature", "1"]).run
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(first.to_json()))
+    with RunFolder.open(tmp_path / "run", first.to_json()) as folder:
+        file = folder.config_file
     assert parse_command(["--config", str(file)]).run == first
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format": 0}))
+    with pytest.raises(RunFolderError, match="an older version"):
+        parse_command(["--config", str(file)])
 
 
 def test_help_explains_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,12 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from cycleqd_jax.runs.parents import ParentsError, check_parents, licence_of
+from cycleqd_jax.runs.parents import ParentsError, check_parents, licence_of, record_parents
 
 
 def test_a_changed_model_is_named(tmp_path: Path) -> None:
     record, folders = tmp_path / "parents.json", {"base": "b", "coding": "c"}
     digests = {"base": "1", "coding": "2"}
+    with pytest.raises(ParentsError, match="no such file, so nobody knows"):
+        check_parents(record, folders, digests)
+    record_parents(record, folders, digests)
     check_parents(record, folders, digests)
     check_parents(record, {"base": "moved", "coding": "c"}, digests)  # a place is no difference
     with pytest.raises(ParentsError, match=r"(?s)other weights.*  coding: c\n"):

@@ -108,7 +108,7 @@ def test_a_slow_environment_delays_only_its_own_episode() -> None:
 
 def test_a_call_may_have_all_the_time_there_is() -> None:
     def turns(problem: Problem) -> Episode:
-        return float((yield Call(lambda: time.sleep(0.05) is None, math.inf)))
+        return float((yield Call(lambda: not threading.Event().wait(0.05), math.inf)))
 
     limits = TimeLimits(step=math.inf, episode=math.inf)
     assert play(Played(turns), 2, limits=limits).scores == 1.0
