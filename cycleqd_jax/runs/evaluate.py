@@ -18,7 +18,8 @@ from cycleqd_jax.runs.transcripts import record_transcripts
 from cycleqd_jax.runs.workspace import Workspace
 from cycleqd_jax.sandbox.base import Sandbox
 from cycleqd_jax.tasks.base import Problem
-from cycleqd_jax.tasks.rollout import ERRORS_KEPT, Rollout, TimeLimits, rollout
+from cycleqd_jax.tasks.played import Rollout, beside
+from cycleqd_jax.tasks.rollout import TimeLimits, rollout
 from cycleqd_jax.tasks.transcript import Transcript
 
 Problems = Mapping[str, Sequence[Problem]]
@@ -66,14 +67,16 @@ class Evaluator:
         on_progress: Callable[[int], None] = lambda done: None,
         *,
         phase: str = "population",
+        chosen: Mapping[str, np.ndarray] | None = None,
     ) -> Rollout:
-        """Play the problems with every candidate.
+        """Play the problems with every candidate, or those that are chosen.
 
         Args:
             gains: tree with leaves (candidates, ...).
             problems: task name → problems.
             on_progress: called with the number of candidates that are done.
             phase: names the rollout within the run: its seeds and its transcripts.
+            chosen: as of `rollout`.
         """
         count = jax.tree.leaves(gains)[0].shape[0]
         size = self._workspace.config.children
@@ -84,9 +87,10 @@ class Evaluator:
                 part = jax.tree.map(lambda leaf, a=start, b=stop: _fill(leaf[a:b], size), gains)
                 attached = self._attach(self._base, self._basis, part)
                 self._policy.use(attached, population=True)
-                parts.append(self._play(stop - start, problems, phase, start, on_episode))
+                played = None if chosen is None else _rows(chosen, start, stop)
+                parts.append(self._play(stop - start, problems, phase, start, on_episode, played))
                 on_progress(stop)
-        return _join(parts)
+        return beside(parts)
 
     def model(self, params: Any, problems: Problems, *, phase: str = "model") -> Rollout:
         """Play the problems with one model, given as weights; ``phase`` as in `population`."""
@@ -106,6 +110,7 @@ class Evaluator:
         phase: str,
         first: int,
         on_episode: Callable[[Transcript], None] | None,
+        chosen: Mapping[str, np.ndarray] | None = None,
     ) -> Rollout:
         config = self._workspace.config
         return rollout(
@@ -119,6 +124,7 @@ class Evaluator:
             first_candidate=first,
             limits=TimeLimits(step=config.step_seconds, episode=config.episode_seconds),
             on_episode=on_episode,
+            chosen=chosen,
         )
 
 
@@ -133,16 +139,5 @@ def _fill(leaf: Any, size: int) -> Any:
     return jnp.pad(leaf, [(0, missing)] + [(0, 0)] * (leaf.ndim - 1)) if missing else leaf
 
 
-def _join(parts: Sequence[Rollout]) -> Rollout:
-    def total(counts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        return {name: sum(count[name] for count in counts) for name in counts[0]}
-
-    names = parts[0].attempts
-    return Rollout(
-        attempts={name: np.concatenate([part.attempts[name] for part in parts]) for name in names},
-        seconds=total([part.seconds for part in parts]),
-        requests=sum(part.requests for part in parts),
-        late=total([part.late for part in parts]),
-        failed=total([part.failed for part in parts]),
-        errors=tuple(error for part in parts for error in part.errors)[:ERRORS_KEPT],
-    )
+def _rows(chosen: Mapping[str, np.ndarray], start: int, stop: int) -> dict[str, np.ndarray]:
+    return {name: rows[start:stop] for name, rows in chosen.items()}

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from cycleqd_jax.tasks.rollout import Rollout
+from cycleqd_jax.tasks.played import Rollout
 
 
 class GenerationFailed(RuntimeError):  # noqa: N818 (a state of the tasks, not a bug)

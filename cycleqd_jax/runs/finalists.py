@@ -22,7 +22,7 @@ from cycleqd_jax.qd.team import select_team
 from cycleqd_jax.runs.evaluate import Evaluator, Problems
 from cycleqd_jax.runs.failures import Failures
 from cycleqd_jax.runs.workspace import Workspace
-from cycleqd_jax.tasks.rollout import Rollout
+from cycleqd_jax.tasks.played import Rollout
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from cycleqd_jax.runs.lineage import Birth, LineageError, read_births
 from cycleqd_jax.runs.monitor import Monitor, device_memory, progress_note
 from cycleqd_jax.runs.rebuild import digests
 from cycleqd_jax.runs.workspace import Workspace
-from cycleqd_jax.tasks.rollout import Rollout
+from cycleqd_jax.tasks.played import Rollout
 
 
 class Search:

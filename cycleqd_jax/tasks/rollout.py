@@ -11,7 +11,7 @@ import math
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
@@ -30,11 +30,11 @@ from cycleqd_jax.tasks.base import (
     Task,
 )
 from cycleqd_jax.tasks.environments import Environments, Finished, Started
+from cycleqd_jax.tasks.played import ERRORS_KEPT, Rollout
 from cycleqd_jax.tasks.transcript import Ended, Program, Service, Step, Transcript, Turn
 
 # Before the first batch nobody knows how long one takes.
 _FIRST_PATIENCE_SECONDS = 1.0
-ERRORS_KEPT = 5
 # No problem's fault: nothing that is played afterwards would count.
 _FATAL = (ServiceGone, SandboxBroken, SandboxUnavailable)
 
@@ -63,54 +63,6 @@ class TimeLimits:
 _GENEROUS = TimeLimits()
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """How a population did.
-
-    An episode over a time limit and one that raised an error score 0: if they were left out,
-    models that bring their judge to fall would gain by it.
-
-    Attributes:
-        attempts: task name → (candidates, problems, repeats) float32, the score of every episode.
-        seconds: time spent in the "model", and waiting for the "sandbox" and other services.
-        requests: messages the model was asked for.
-        late: task name → episodes over a time limit.
-        failed: task name → episodes that raised an error.
-        errors: the first of those errors, with task and problem.
-        solved: task name → (candidates, problems) float32, the means over the repeats.
-        scores: (candidates, tasks) float32, the means of those, in the order of the tasks.
-        standard_errors: (candidates, tasks) float32, of the scores as means over repeats of these
-            problems; NaN with one repeat. How much other problems would change is not in it.
-    """
-
-    attempts: Mapping[str, np.ndarray]
-    seconds: Mapping[str, float]
-    requests: int
-    late: Mapping[str, int]
-    failed: Mapping[str, int]
-    errors: tuple[str, ...] = ()
-    solved: Mapping[str, np.ndarray] = field(init=False)
-    scores: np.ndarray = field(init=False)
-    standard_errors: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        solved = {name: scores.mean(axis=2) for name, scores in self.attempts.items()}
-        means = [scores.mean(axis=1) for scores in solved.values()]
-        noise = [_standard_error(scores) for scores in self.attempts.values()]
-        object.__setattr__(self, "solved", solved)
-        object.__setattr__(self, "scores", np.stack(means, axis=1).astype(np.float32))
-        object.__setattr__(self, "standard_errors", np.stack(noise, axis=1).astype(np.float32))
-
-    @property
-    def unplayable(self) -> list[str]:
-        """The tasks of which no episode came to its end: their scores say nothing of the models."""
-        return [
-            name
-            for name, scores in self.attempts.items()
-            if 0 < scores.size == self.late[name] + self.failed[name]
-        ]
-
-
 def rollout(
     tasks: Sequence[Task],
     problems: Mapping[str, Sequence[Problem]],
@@ -125,8 +77,9 @@ def rollout(
     limits: TimeLimits = _GENEROUS,
     patience: float | int | None = None,
     on_episode: Callable[[Transcript], None] | None = None,
+    chosen: Mapping[str, np.ndarray] | None = None,
 ) -> Rollout:
-    """Play every problem of every task with every candidate.
+    """Play every problem of every task with every candidate, or those that are chosen.
 
     Args:
         tasks: the skills, in the order of the columns of ``scores``.
@@ -144,10 +97,12 @@ def rollout(
         patience: seconds that episodes with a request wait for those without; by default as long
             as the last batch took. Scores do not depend on it.
         on_episode: is given the transcript of every episode as it ends; None records nothing.
+        chosen: task name → (candidates, problems) bool, who plays what; None plays everything. A
+            score is the same whatever else is played.
 
     Raises:
         ValueError: a task has no problems or breaks the protocol (the message names the problem),
-            or the policy returned a wrong number of answers.
+            ``chosen`` has another shape, or the policy returned a wrong number of answers.
         ServiceGone, SandboxBroken: what all episodes need is lost.
     """
     for task in tasks:
@@ -155,6 +110,13 @@ def rollout(
             raise ValueError(f"expected problems for task {task.name!r}, found none")
     if repeats < 1:
         raise ValueError(f"repeats: expected at least 1, found {repeats}")
+    everything = {t.name: np.ones((candidates, len(problems[t.name])), bool) for t in tasks}
+    chosen = everything if chosen is None else chosen
+    for name, every in everything.items():
+        if chosen[name].shape != every.shape:
+            raise ValueError(
+                f"chosen, task {name!r}: expected {every.shape}, found {chosen[name].shape}"
+            )
     stage = _Stage(policy, Environments(sandbox), limits, patience, on_episode)
     attempts = {
         task.name: np.full((candidates, len(problems[task.name]), repeats), np.nan, np.float32)
@@ -164,6 +126,8 @@ def rollout(
         for candidate in range(candidates):
             for task in tasks:
                 for index, problem in enumerate(problems[task.name]):
+                    if not chosen[task.name][candidate, index]:
+                        continue
                     for repeat in range(repeats):
                         name = first_candidate + candidate
                         key = f"{seed}\0{name}\0{task.name}\0{problem.prompt}\0{repeat}"
@@ -432,15 +396,3 @@ def _checked(play: _Play, value: Any) -> float:
     if not 0.0 <= score <= 1.0:
         raise ValueError(f"{play}: expected a score in [0, 1], found {value!r}")
     return score
-
-
-def _standard_error(scores: np.ndarray) -> np.ndarray:
-    """Of the means over (candidates, problems, repeats), the problems being given: (candidates,).
-
-    Every problem's mean has the variance of its repeats over their number.
-    """
-    candidates, problems, repeats = scores.shape
-    if repeats < 2:
-        return np.full(candidates, np.nan)
-    variance = scores.astype(np.float64).var(axis=2, ddof=1) / repeats
-    return np.sqrt(variance.sum(axis=1)) / problems

@@ -25,7 +25,7 @@ from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.files import read_json
 from cycleqd_jax.runs.rebuild import digests
 from cycleqd_jax.runs.search import Search
-from cycleqd_jax.tasks.rollout import Rollout
+from cycleqd_jax.tasks.played import Rollout
 
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 

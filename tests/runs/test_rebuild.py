@@ -92,7 +92,7 @@ def test_what_is_rebuilt_is_what_was_scored(
 
 
 def driver_rollout(solved: dict[str, np.ndarray]) -> Any:
-    from cycleqd_jax.tasks.rollout import Rollout
+    from cycleqd_jax.tasks.played import Rollout
 
     return Rollout(
         attempts={name: found[:, :, None] for name, found in solved.items()},

@@ -15,9 +15,10 @@ from cycleqd_jax.sandbox import Sandbox
 from cycleqd_jax.tasks.base import Message, Problem, Request, Task
 from cycleqd_jax.tasks.osbench.offline import NOT_OFFLINE
 from cycleqd_jax.tasks.osbench.task import OSBenchProblem
+from cycleqd_jax.tasks.played import Rollout
 from cycleqd_jax.tasks.policies import ScriptedPolicy, ideal_policy
 from cycleqd_jax.tasks.registry import BENCHMARKS, TASKS
-from cycleqd_jax.tasks.rollout import Rollout, rollout
+from cycleqd_jax.tasks.rollout import rollout
 from cycleqd_jax.tasks.transcript import Transcript, Turn
 
 

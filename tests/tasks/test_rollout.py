@@ -11,6 +11,7 @@ import pytest
 from cycleqd_jax.sandbox import Job, MemoSandbox, Outcome, Sandbox
 from cycleqd_jax.tasks.base import Ask, Call, Episode, Message, Problem, Request, Run, Split, Task
 from cycleqd_jax.tasks.environments import CALLERS
+from cycleqd_jax.tasks.played import together
 from cycleqd_jax.tasks.registry import make_tasks
 from cycleqd_jax.tasks.rollout import rollout
 
@@ -124,6 +125,32 @@ def test_every_episode_scores_in_its_own_place() -> None:
     np.testing.assert_allclose(
         played.scores, np.stack([s.mean(1) for s in played.solved.values()], axis=1), rtol=1e-6
     )
+
+
+def test_chosen_episodes_score_as_they_do_among_all() -> None:
+    policy = Speaker(lambda request: str(value_of(request)))
+    problems, generator = problems_of(LONG, SHORT), np.random.default_rng(0)
+    whole = rollout([LONG, SHORT], problems, 4, policy, EchoSandbox(), repeats=2)
+    chosen = {n: generator.random(s.shape) < 0.5 for n, s in whole.solved.items()}
+    chosen["long"][0], chosen["short"][0] = True, True
+    others = {name: ~mask for name, mask in chosen.items()}
+    parts = [
+        rollout([LONG, SHORT], problems, 4, policy, EchoSandbox(), repeats=2, chosen=mask)
+        for mask in (chosen, others)
+    ]
+    for name, mask in chosen.items():
+        scores = parts[0].attempts[name]
+        np.testing.assert_array_equal(np.isnan(scores), ~mask[..., None] & np.full(2, True))
+        np.testing.assert_array_equal(scores[mask], whole.attempts[name][mask])
+    np.testing.assert_array_equal(np.isfinite(parts[0].scores), [[True] * 2] + [[False] * 2] * 3)
+    joined = together(parts)
+    np.testing.assert_array_equal(joined.scores, whole.scores)
+    np.testing.assert_array_equal(joined.standard_errors, whole.standard_errors)
+    assert joined.requests == whole.requests
+    with pytest.raises(ValueError, match="one in two"):
+        together([whole, parts[0]])
+    with pytest.raises(ValueError, match=r"chosen, task 'long': expected \(3, 3\), found \(4, 3\)"):
+        rollout([LONG, SHORT], problems, 3, policy, EchoSandbox(), chosen=chosen)
 
 
 def test_the_order_of_the_tasks_is_the_order_of_the_columns() -> None:

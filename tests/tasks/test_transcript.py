@@ -8,8 +8,9 @@ import pytest
 
 from cycleqd_jax.sandbox import Job, Outcome
 from cycleqd_jax.tasks.base import Ask, Call, Episode, Message, Problem, Request, Run, Split
+from cycleqd_jax.tasks.played import Rollout
 from cycleqd_jax.tasks.policies import ScriptedPolicy
-from cycleqd_jax.tasks.rollout import Rollout, rollout
+from cycleqd_jax.tasks.rollout import rollout
 from cycleqd_jax.tasks.transcript import Program, Service, Transcript, Turn
 
 

@@ -22,8 +22,9 @@ from cycleqd_jax.tasks.base import (
     ServiceGone,
     Split,
 )
+from cycleqd_jax.tasks.played import Rollout
 from cycleqd_jax.tasks.policies import ScriptedPolicy
-from cycleqd_jax.tasks.rollout import Rollout, TimeLimits, rollout
+from cycleqd_jax.tasks.rollout import TimeLimits, rollout
 
 Play = Callable[[Problem], Episode]
 
