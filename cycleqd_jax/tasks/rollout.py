@@ -112,10 +112,10 @@ def rollout(
         raise ValueError(f"repeats: expected at least 1, found {repeats}")
     everything = {t.name: np.ones((candidates, len(problems[t.name])), bool) for t in tasks}
     chosen = everything if chosen is None else chosen
-    for name, every in everything.items():
-        if chosen[name].shape != every.shape:
+    for of, every in everything.items():
+        if chosen[of].shape != every.shape:
             raise ValueError(
-                f"chosen, task {name!r}: expected {every.shape}, found {chosen[name].shape}"
+                f"chosen, task {of!r}: expected {every.shape}, found {chosen[of].shape}"
             )
     stage = _Stage(policy, Environments(sandbox), limits, patience, on_episode)
     attempts = {
