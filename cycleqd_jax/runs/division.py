@@ -57,7 +57,7 @@ class Costs:
         self._known: dict[tuple[str, str], float] = {}
 
     def of(self, problems: Problems) -> dict[str, np.ndarray]:
-        """Task → (problems,) seconds; a new problem is taken for one like the others of its task."""
+        """Task → (problems,) seconds; a new problem is taken for a usual one of its task."""
         found = {}
         for task, drawn in problems.items():
             costs = np.array([self._known.get((task, p.prompt), np.nan) for p in drawn])

@@ -32,16 +32,10 @@ class Hosts:
     Attributes:
         index: number of this process.
         count: of processes.
-        busy: (count,) seconds that each process has spent outside of gathers.
-        waited: (count,) seconds that each process has waited in gathers for the last to come.
     """
 
     index = 0
     count = 1
-
-    def __init__(self) -> None:
-        self.busy = np.zeros(self.count)
-        self.waited = np.zeros(self.count)
 
     @property
     def first(self) -> bool:
@@ -64,6 +58,14 @@ class Hosts:
         """The value of process 0, whatever the others give; a tree as of `gather`."""
         return value
 
+    def waiting(self) -> dict[str, list[float]]:
+        """How the hosts spent their time since the last call, by process; nothing of one alone.
+
+        "busy" are seconds outside of gathers, "waiting" the share of its time for which a process
+        was in one while others were not.
+        """
+        return {}
+
     def agree(self, value: Any, what: str, advice: str) -> None:
         """Refuse to go on where a value is not the same in all processes.
 
@@ -80,7 +82,7 @@ class Hosts:
 
 
 ALONE = Hosts()
-"""For runs of one process. It counts no time, so all may share it."""
+"""For runs of one process."""
 
 
 class JoinedHosts(Hosts):
@@ -93,8 +95,8 @@ class JoinedHosts(Hosts):
     def __init__(self, lifeline: Lifeline) -> None:
         self.index = jax.process_index()
         self.count = jax.process_count()
-        super().__init__()
         self._lifeline = lifeline
+        self._busy, self._waited = np.zeros((2, self.count))
         self._gathered = 0
         self._free_since = time.perf_counter()
 
@@ -112,8 +114,8 @@ class JoinedHosts(Hosts):
                     f"{head['what']}, process {number} has {each['what']}; this is a bug"
                 )
         times = np.array([each["busy"] for each in heads])
-        self.busy += times
-        self.waited += times.max() - times
+        self._busy += times
+        self._waited += times.max() - times
         self._gathered += 1
         self._free_since = time.perf_counter()
         return [each[1] for each in found]
@@ -130,6 +132,13 @@ class JoinedHosts(Hosts):
         self._free_since = time.perf_counter()
         return msgpack_restore(b"".join(parts))[0]
 
+    def waiting(self) -> dict[str, list[float]]:
+        """As in `Hosts`."""
+        busy, waited = self._busy, self._waited
+        self._busy, self._waited = np.zeros((2, self.count))
+        shares = waited / np.maximum(busy + waited, 1e-9)
+        return {"busy": busy.tolist(), "waiting": shares.tolist()}
+
     @contextmanager
     def _explained(self) -> Iterator[None]:
         """The network knows sooner that somebody is gone than the lifeline knows who."""
@@ -138,12 +147,6 @@ class JoinedHosts(Hosts):
         except (ValueError, RuntimeError):
             self._lifeline.await_verdict()
             raise
-
-
-def shares_waited(busy: np.ndarray, waited: np.ndarray) -> list[float]:
-    """The share of its time that each host waits, of what it was busy and waited."""
-    whole = busy + waited
-    return [float(w / t) if t else 0.0 for w, t in zip(waited, whole, strict=True)]
 
 
 def exchange(value: Any) -> list[Any]:
