@@ -45,6 +45,18 @@ def deal(costs: Mapping[str, np.ndarray], chosen: Chosen, hosts: int) -> dict[st
     return dict(zip(chosen, np.split(owner, bounds, axis=1), strict=True))
 
 
+def work_done(transcript: Transcript) -> tuple[float, float, float]:
+    """One episode, the characters that went through the model, seconds of its environments."""
+    characters = seconds = 0.0
+    for step in transcript.steps:
+        if isinstance(step, Turn):
+            read = sum(len(message.content) for message in step.messages)
+            characters += read + len(step.answer)
+        else:
+            seconds += step.seconds
+    return 1.0, characters, seconds
+
+
 class Costs:
     """What problems take, as measured so far; the same on all hosts.
 
@@ -133,14 +145,7 @@ class Division:
 
     def take(self, transcript: Transcript) -> None:
         """Note an episode of this host that has ended."""
-        characters = seconds = 0.0
-        for step in transcript.steps:
-            if isinstance(step, Turn):
-                read = sum(len(message.content) for message in step.messages)
-                characters += read + len(step.answer)
-            else:
-                seconds += step.seconds
-        self._work[transcript.task][transcript.problem] += (1, characters, seconds)
+        self._work[transcript.task][transcript.problem] += work_done(transcript)
         if self._kept is not None:
             self._kept.append(transcript.to_row())
 
