@@ -151,7 +151,7 @@ def _settings(config: RunConfig) -> dict[str, Any]:
 def _agree_on_models(hosts: Hosts, workspace: Workspace) -> None:
     if hosts.count > 1:
         hosts.agree(dict(workspace.digests), "models", "copy those of one host to the others")
-        basis = jax.tree.map(lambda leaf: leaf[None], workspace.basis)
+        basis = jax.tree.map(lambda leaf: np.asarray(leaf)[None], workspace.basis)
         hosts.agree(
             digests(basis),
             "decompositions of the experts",

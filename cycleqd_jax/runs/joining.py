@@ -4,6 +4,7 @@ import contextlib
 import os
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Iterator
 
@@ -124,24 +125,53 @@ def _chosen(
 
 
 def _initialize(chosen: tuple[str, int, int] | None) -> None:
+    """Start JAX's service, or find it.
+
+    Raises:
+        HostsError: the port is taken, or JAX cannot join the processes.
+    """
     # It would take SIGTERM for itself; a run stops by an agreement of its own.
     jax.config.update("jax_enable_preemption_service", False)
     address, index, count = chosen or (None, None, None)
+    where = f" at {address}" if address else ""
+    if address is not None and index == 0:
+        _check_port(int(address.rpartition(":")[2]))
+    late = threading.Timer(_START_SECONDS, _give_up, (where,))
+    late.daemon = True
+    late.start()
+    Console(stderr=True).print(f"joining the processes of the run{where}", highlight=False)
     try:
         jax.distributed.initialize(
             address,
             count,
             index,
             cluster_detection_method="deactivate" if chosen else None,
-            initialization_timeout=_START_SECONDS,
+            initialization_timeout=2 * _START_SECONDS,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
             shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
         )
     except RuntimeError as error:
+        raise HostsError(f"the processes cannot be joined{where}: {error}") from error
+    finally:
+        late.cancel()
+
+
+def _give_up(where: str) -> None:
+    """JAX would end the process with a stack trace, and only later."""
+    error = HostsError(
+        f"the processes were not joined{where} within {_START_SECONDS / 60:g} minutes: start every "
+        "process from 0 on, once each, and let them reach process 0 there"
+    )
+    os._exit(show_error(error))
+
+
+def _check_port(port: int) -> None:
+    """JAX falls silently where another program has it."""
+    try:
+        socket.create_server(("", port)).close()
+    except OSError as error:
         raise HostsError(
-            f"the processes cannot be joined{f' at {address}' if address else ''}: {error}\n"
-            "Expected every process from 0 on to be started within "
-            f"{_START_SECONDS // 60} minutes, once each, and process 0 to be reachable there"
+            f"--coordinator: cannot listen at port {port} ({os.strerror(error.errno or 0)}): choose another"
         ) from error
 
 

@@ -1,9 +1,11 @@
 """Which processes are joined, and what is refused."""
 
+import socket
+
 import pytest
 
-from cycleqd_jax.runs.hosts import ALONE
-from cycleqd_jax.runs.joining import in_cluster, joined_hosts
+from cycleqd_jax.runs.hosts import ALONE, HostsError
+from cycleqd_jax.runs.joining import _check_port, in_cluster, joined_hosts
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -62,3 +64,10 @@ def test_arguments_that_make_no_sense_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=message), joined_hosts(*where):
         raise AssertionError
+
+
+def test_a_taken_port_is_said() -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(HostsError, match=f"cannot listen at port {port} .Address already"):
+            _check_port(port)
