@@ -170,8 +170,9 @@ def _check_port(port: int) -> None:
     try:
         socket.create_server(("", port)).close()
     except OSError as error:
+        why = os.strerror(error.errno or 0)
         raise HostsError(
-            f"--coordinator: cannot listen at port {port} ({os.strerror(error.errno or 0)}): choose another"
+            f"--coordinator: cannot listen at port {port} ({why}): choose another"
         ) from error
 
 
