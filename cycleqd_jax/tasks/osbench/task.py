@@ -11,7 +11,7 @@ from cycleqd_jax.tasks.base import Ask, Episode, Message, Problem, Split
 from cycleqd_jax.tasks.benchmark import choose_problems, data_folder
 from cycleqd_jax.tasks.osbench import prompt
 from cycleqd_jax.tasks.osbench.backend import Backend
-from cycleqd_jax.tasks.osbench.offline import NEEDS_USERS, NOT_OFFLINE
+from cycleqd_jax.tasks.osbench.offline import not_offline
 from cycleqd_jax.tasks.osbench.records import Record, in_paper, read_records
 from cycleqd_jax.tasks.osbench.session import SCRIPT_SECONDS, TURN_SECONDS, Session
 
@@ -152,7 +152,7 @@ def open_osbench(
     )
     backend = _open_backend(docker)
     if choice == "offline":
-        left_out = {*NOT_OFFLINE, *(() if backend.users else NEEDS_USERS)}
+        left_out = not_offline(backend.users)
         records = (record for record in records if record.id not in left_out)
     elif choice == "paper":
         records = filter(in_paper, records)
