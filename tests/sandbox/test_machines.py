@@ -11,7 +11,7 @@ import pytest
 from cycleqd_jax import sandbox
 from cycleqd_jax.sandbox import SandboxBroken, SandboxUnavailable
 from cycleqd_jax.sandbox.inside.turn import Turns
-from cycleqd_jax.sandbox.machines import MachineLimits, MachineLost, Machines
+from cycleqd_jax.sandbox.machines import Machine, MachineLimits, MachineLost, Machines
 
 NOBODY = 65534
 SOURCE = """
@@ -93,6 +93,19 @@ def test_a_dead_hall_is_no_agents_fault(machines):
     with pytest.raises(SandboxBroken, match="no machine starts any more"):
         opened.boot()
     opened.close()
+
+
+def test_a_machine_that_proves_nothing_is_closed(machines, monkeypatch):
+    tried = []
+
+    def lost(machine, command, seconds):
+        tried.append(machine)
+        raise MachineLost("it ended")
+
+    monkeypatch.setattr(Machine, "type", lost)
+    with pytest.raises(SandboxUnavailable, match="No private machine works: it ended"):
+        Machines()
+    assert [machine._channel.fileno() for machine in tried] == [-1]
 
 
 def test_nothing_is_left_after_close(machines):
