@@ -158,7 +158,8 @@ def read_basis(path: Path, roles: Any) -> Decomposition:
     """Read back what `write_basis` wrote; ``roles`` as for `cached_decomposition`.
 
     Raises:
-        ValueError, OSError, SafetensorError: it is not what was written.
+        ValueError: it is not what was written, or was written for other parameters.
+        OSError, SafetensorError: it cannot be read at all.
     """
     with safe_open(path, framework="np") as file:
         metadata = file.metadata() or {}
@@ -170,13 +171,18 @@ def read_basis(path: Path, roles: Any) -> Decomposition:
     ranks = {name: tuple(blocks) for name, blocks in json.loads(ranks_text).items()}
     treedef: Any = jax.tree.structure(roles)
     nodes: list[Any] = []
-    for name, role in zip(leaf_paths(roles), jax.tree.leaves(roles), strict=True):
-        if role == "vector":
-            nodes.append(VectorFactors(delta=jnp.asarray(arrays.pop(f"{name}.delta"))))
-            continue
-        u, v = (jnp.asarray(arrays.pop(f"{name}.{field}")) for field in ("u", "v"))
-        nodes.append(MatrixFactors(u=u, v=v, ranks=ranks[name]))
-    errors = {name: arrays[f"{name}.error"] for name in ranks}
+    try:
+        for name, role in zip(leaf_paths(roles), jax.tree.leaves(roles), strict=True):
+            if role == "vector":
+                nodes.append(VectorFactors(delta=jnp.asarray(arrays.pop(f"{name}.delta"))))
+                continue
+            u, v = (jnp.asarray(arrays.pop(f"{name}.{field}")) for field in ("u", "v"))
+            nodes.append(MatrixFactors(u=u, v=v, ranks=ranks[name]))
+        errors = {name: arrays[f"{name}.error"] for name in ranks}
+    except KeyError as error:
+        raise ValueError(
+            f"expected the entry {error}, found none: it belongs to other parameters"
+        ) from error
     return treedef.unflatten(nodes), DecompositionReport(ranks=ranks, error=errors)
 
 
