@@ -123,34 +123,56 @@ def load_team(folder: str | Path) -> LoadedTeam:
         TeamError: a file is missing, damaged or of another format; the message names it.
     """
     folder = Path(folder)
+    marks = _read_members(folder)
+    try:
+        architecture, base = load_model(folder / "base")
+    except (ValueError, OSError) as error:
+        raise TeamError(f"the team's base is damaged: {error}") from error
+    try:
+        basis, _ = read_basis(folder / "basis.safetensors", roles(architecture))
+    except (ValueError, OSError, SafetensorError) as error:
+        raise TeamError(f"{folder / 'basis.safetensors'}: damaged ({error})") from error
+    rows = [
+        _read_member(folder / "members" / f"{name}.safetensors", basis, digest)
+        for name, digest in marks.items()
+    ]
+    return LoadedTeam(folder, architecture, base, basis, tuple(marks), _stack(rows))
+
+
+def _read_members(folder: Path) -> dict[str, str]:
+    """Name and digest of every member."""
     file = folder / "team.json"
     if not file.is_file():
         raise TeamError(f"{folder}: expected the folder of a team, found no team.json")
-    facts = read_json(file)
+    try:
+        facts = read_json(file)
+    except (ValueError, OSError) as error:
+        raise TeamError(str(error)) from error
+    if not isinstance(facts, dict):
+        raise TeamError(f"{file}: expected a JSON object, found {type(facts).__name__}")
     if facts.get("format") != FORMAT:
         raise TeamError(f"{file}: expected the format {FORMAT}, found {facts.get('format')}")
-    architecture, base = load_model(folder / "base")
-    try:
-        basis, _ = read_basis(folder / "basis.safetensors", roles(architecture))
-    except (ValueError, OSError, SafetensorError, KeyError) as error:
-        raise TeamError(f"{folder / 'basis.safetensors'}: damaged ({error})") from error
-    names = tuple(facts["members"])
-    paths = [folder / "members" / f"{name}.safetensors" for name in names]
-    rows = [
-        _read_member(path, basis, digest)
-        for path, digest in zip(paths, facts["members"].values(), strict=True)
-    ]
-    gains = _stack(rows)
-    return LoadedTeam(folder, architecture, base, basis, names, gains)
+    members = facts.get("members")
+    if not isinstance(members, dict) or not members:
+        raise TeamError(f"{file}: expected members with their digests, found {members!r}")
+    return members
 
 
 def _read_member(path: Path, basis: Any, digest: str) -> Any:
     template = gain_layout(basis).zeros()
     try:
         arrays = load_file(path)
-        leaves = [arrays.pop(name) for name in leaf_paths(template)]
+        leaves = [arrays[name] for name in leaf_paths(template)]
     except (OSError, SafetensorError, KeyError) as error:
         raise TeamError(f"{path}: expected the gains of a member ({error!r})") from error
+    for name, leaf, zeros in zip(
+        leaf_paths(template), leaves, jax.tree.leaves(template), strict=True
+    ):
+        if (leaf.shape, leaf.dtype) != (zeros.shape, zeros.dtype):
+            raise TeamError(
+                f"{path}: {name}: expected {zeros.dtype} {zeros.shape}, "
+                f"found {leaf.dtype} {leaf.shape}"
+            )
     treedef: Any = jax.tree.structure(template)
     found = digests([leaf[None] for leaf in leaves])[0]
     if found != digest:
