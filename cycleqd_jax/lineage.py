@@ -9,6 +9,7 @@ and compared with what the log says of it. `cycleqd_jax.export` writes it as a f
 import argparse
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from cycleqd_jax.cache import default_cache
@@ -21,8 +22,6 @@ from cycleqd_jax.runs.release import PastRun
 
 def main() -> None:
     """Parse the command line, print the tree, rebuild."""
-    import jax
-
     parser = argparse.ArgumentParser(
         prog="python -m cycleqd_jax.lineage", description=__doc__.split("\n\n", maxsplit=1)[0]
     )
