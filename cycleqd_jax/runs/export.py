@@ -40,7 +40,7 @@ class Measured:
     """Scores of a model on problems of one split.
 
     Attributes:
-        scores: task to score.
+        scores: task to score, in [0, 1] as the rollout sees to it, or NaN where it was not finite.
         problems: problems of each task.
     """
 
