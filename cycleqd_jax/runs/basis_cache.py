@@ -22,10 +22,10 @@ from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cycleqd_jax.atomic import NoSpaceError, atomic_file
 from cycleqd_jax.merging.decomposition import DecompositionReport
 from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors, is_factors
 from cycleqd_jax.merging.task_vector import leaf_paths
-from cycleqd_jax.runs.files import NoSpaceError, atomic_file
 
 FORMAT = 1
 """Raise it when a decomposition of equal settings means something else than before."""

@@ -21,6 +21,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from cycleqd_jax.atomic import write_text_atomic
 from cycleqd_jax.merging.spectral import gain_layout, materialise
 from cycleqd_jax.merging.task_vector import leaf_paths
 from cycleqd_jax.models.config import LlamaConfig
@@ -30,7 +31,7 @@ from cycleqd_jax.models.kernels import attach
 from cycleqd_jax.models.specs import roles
 from cycleqd_jax.runs.basis_cache import basis_size, read_basis, write_basis
 from cycleqd_jax.runs.export import ModelCard
-from cycleqd_jax.runs.files import read_json, write_json_atomic, write_text_atomic
+from cycleqd_jax.runs.files import read_json, write_json_atomic
 from cycleqd_jax.runs.rebuild import digests
 from cycleqd_jax.runs.workspace import Workspace
 

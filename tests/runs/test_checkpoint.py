@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import struct
 
+from cycleqd_jax.atomic import NoSpaceError
 from cycleqd_jax.qd.emitter import CycleQDState
 from cycleqd_jax.qd.grid import make_grid
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.runs.checkpoint import CheckpointError, Checkpoints, CheckpointWarning, Restored
-from cycleqd_jax.runs.files import NoSpaceError
 
 
 class Pool(struct.PyTreeNode):
