@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
@@ -44,6 +43,8 @@ def cached_decomposition(
     say: Callable[[str], None] | None = None,
 ) -> Decomposition:
     """The decomposition of these checkpoints, from disk where it is there and whole.
+
+    What comes from disk is NumPy arrays: the caller knows to which devices they go.
 
     A damaged entry is reported, made again and replaced. An entry that cannot be kept (no space, no
     permission) costs a line and nothing else.
@@ -155,7 +156,7 @@ def write_basis(path: Path, basis: Any, report: DecompositionReport) -> None:
 
 
 def read_basis(path: Path, roles: Any) -> Decomposition:
-    """Read back what `write_basis` wrote; ``roles`` as for `cached_decomposition`.
+    """Read back what `write_basis` wrote, as NumPy arrays; ``roles`` as of `cached_decomposition`.
 
     Raises:
         ValueError: it is not what was written, or was written for other parameters.
@@ -174,9 +175,9 @@ def read_basis(path: Path, roles: Any) -> Decomposition:
     try:
         for name, role in zip(leaf_paths(roles), jax.tree.leaves(roles), strict=True):
             if role == "vector":
-                nodes.append(VectorFactors(delta=jnp.asarray(arrays.pop(f"{name}.delta"))))
+                nodes.append(VectorFactors(delta=arrays.pop(f"{name}.delta")))
                 continue
-            u, v = (jnp.asarray(arrays.pop(f"{name}.{field}")) for field in ("u", "v"))
+            u, v = (arrays.pop(f"{name}.{field}") for field in ("u", "v"))
             nodes.append(MatrixFactors(u=u, v=v, ranks=ranks[name]))
         errors = {name: arrays[f"{name}.error"] for name in ranks}
     except KeyError as error:

@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from cycleqd_jax.merging.spectral import gain_layout, materialise
 from cycleqd_jax.progress import Progress
 from cycleqd_jax.runs.compatibility import compatibility_report, compatibility_tables
 from cycleqd_jax.runs.config import RunConfig
@@ -92,7 +91,7 @@ def evolve(
         check_parents(folder.parents_file, workspace.folders, workspace.digests)
         _report_compatibility(console, workspace, folder)
         console.print(
-            f"basis: rank {_ranks(workspace)} of each of {len(workspace.experts)} experts, "
+            f"basis: rank {_ranks(workspace)} of each of {len(config.experts)} experts, "
             f"retained energy {workspace.report.mean():.4f} "
             f"(lowest {workspace.report.minimum():.4f})"
         )
@@ -179,14 +178,9 @@ def _test(
         "cycleqd/aggregate": finals.aggregate,
     }
     targets = {"cycleqd/best": folder.best, "cycleqd/aggregate": folder.aggregate}
-    build = jax.jit(materialise)
-
-    def made(choice: Choice) -> Any:
-        return build(workspace.base, workspace.basis, choice.gains)
-
     models: dict[str, Callable[[], Any]] = {"base": lambda: workspace.base}
-    models |= {f"expert/{e}": partial(workspace.expert_params, e) for e in workspace.experts}
-    models |= {name: partial(made, choice) for name, choice in chosen.items()}
+    models |= {f"expert/{e}": partial(workspace.expert_params, e) for e in workspace.config.experts}
+    models |= {name: partial(workspace.model, choice.gains) for name, choice in chosen.items()}
     scores, noise = {}, {}
     with Progress("test", len(models)) as progress:
         for name, make in models.items():
@@ -200,6 +194,7 @@ def _test(
                 card = _card(workspace, folder, name, choice, scores[name], command)
                 like = Path(workspace.config.base)
                 export_model(targets[name], workspace.architecture, params, like=like, card=card)
+            del params  # before the next one is built
             progress.advance(note=f"{name} {row.mean():.3f}")
     return scores, noise
 
@@ -234,8 +229,8 @@ def _draw(workspace: Workspace, search: Search, folder: RunFolder, best: Choice)
 
 
 def _ranks(workspace: Workspace) -> str:
-    layout = gain_layout(workspace.basis)
-    ranks = [rank for leaf in layout.leaves if leaf.role == "matrix" for rank in leaf.ranks]
+    leaves = workspace.layout.leaves
+    ranks = [rank for leaf in leaves if leaf.role == "matrix" for rank in leaf.ranks]
     return f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
 
 

@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cycleqd_jax.models.cache import unstack_layers
 from cycleqd_jax.models.generate import Decoder
-from cycleqd_jax.models.kernels import attach
 from cycleqd_jax.models.sampling import Sampling
 from cycleqd_jax.runs.policy import PopulationPolicy
 from cycleqd_jax.runs.transcripts import record_transcripts
@@ -54,11 +52,6 @@ class Evaluator:
         )
         sampling = Sampling(temperature=workspace.config.temperature)
         self._policy = PopulationPolicy(self.decoder, tokenizer, sampling)
-        # Layers apart, as decoding wants them, once: or else every turn of the agents would slice
-        # and copy all weights anew.
-        self._base = unstack_layers(workspace.base)
-        self._basis = unstack_layers(workspace.basis)
-        self._attach = jax.jit(_attach_layers)
 
     def population(
         self,
@@ -85,17 +78,17 @@ class Evaluator:
             for start in range(0, count, size):
                 stop = min(start + size, count)
                 part = jax.tree.map(lambda leaf, a=start, b=stop: _fill(leaf[a:b], size), gains)
-                attached = self._attach(self._base, self._basis, part)
-                self._policy.use(attached, population=True)
                 played = None if chosen is None else _rows(chosen, start, stop)
-                parts.append(self._play(stop - start, problems, phase, start, on_episode, played))
+                with self._policy.using(self._workspace.population(part), population=True):
+                    parts.append(
+                        self._play(stop - start, problems, phase, start, on_episode, played)
+                    )
                 on_progress(stop)
         return beside(parts)
 
     def model(self, params: Any, problems: Problems, *, phase: str = "model") -> Rollout:
         """Play the problems with one model, given as weights; ``phase`` as in `population`."""
-        self._policy.use(unstack_layers(params), population=False)
-        with self._record(phase) as on_episode:
+        with self._policy.using(params, population=False), self._record(phase) as on_episode:
             return self._play(1, problems, phase, 0, on_episode)
 
     def _record(self, phase: str) -> AbstractContextManager[Callable[[Transcript], None] | None]:
@@ -126,12 +119,6 @@ class Evaluator:
             on_episode=on_episode,
             chosen=chosen,
         )
-
-
-def _attach_layers(base: Any, basis: Any, gains: Any) -> Any:
-    """`attach` where the layers of base and basis are apart already."""
-    layer_first = jax.tree.map(lambda g: jnp.moveaxis(g, 1, 0), gains.layers)
-    return attach(base, basis, unstack_layers(gains.replace(layers=layer_first)))
 
 
 def _fill(leaf: Any, size: int) -> Any:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cycleqd_jax.merging.spectral import materialise
 from cycleqd_jax.qd.aggregation import aggregate
 from cycleqd_jax.runs.breeding import first_parents, make_emitter
 from cycleqd_jax.runs.config import RunConfig
@@ -116,7 +115,7 @@ def make_card(
     config = workspace.config
     recipe = {}
     if gains is not None:
-        recipe = expert_coefficients(gains, workspace.basis, list(config.experts))
+        recipe = expert_coefficients(gains, workspace.layout, list(config.experts))
     return ModelCard(
         name=name,
         base=config.base,
@@ -174,7 +173,7 @@ def release(
         scores = _of_child(run, finals, birth)
     name = f"cycleqd/{which}"
     card = make_card(workspace, name, gains, scores, details, lines)
-    params = jax.jit(materialise)(workspace.base, workspace.basis, gains)
+    params = workspace.model(gains)
     like = Path(run.config.base)
     export_model(out, workspace.architecture, params, like=like, card=card)
     return Exported(out, f"{name} of {run.files.path}")

@@ -24,6 +24,7 @@ from safetensors.numpy import load_file, save_file
 from cycleqd_jax.atomic import write_text_atomic
 from cycleqd_jax.merging.spectral import gain_layout, materialise
 from cycleqd_jax.merging.task_vector import leaf_paths
+from cycleqd_jax.models.cache import stack_layers
 from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.convert import load_model, save_model
 from cycleqd_jax.models.folder import replaced_folder
@@ -72,7 +73,7 @@ class LoadedTeam:
 
     def population(self) -> Any:
         """All members as one population, for a `Decoder`: candidate i is member i."""
-        return jax.jit(attach)(self.base, self.basis, self.gains)
+        return attach(self.base, self.basis, self.gains)
 
 
 def export_team(
@@ -99,12 +100,12 @@ def export_team(
     if not members:
         raise ValueError("members: expected at least one, found none")
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(workspace.base))
-    gains = 4 * gain_layout(workspace.basis).size * len(members)
+    gains = 4 * workspace.layout.size * len(members)
     size = weights + basis_size(workspace.basis, workspace.report) + gains
     with replaced_folder(folder, size) as draft:
         base = Path(workspace.config.base)
         save_model(draft / "base", workspace.architecture, workspace.base, like=base)
-        write_basis(draft / "basis.safetensors", workspace.basis, workspace.report)
+        write_basis(draft / "basis.safetensors", stack_layers(workspace.basis), workspace.report)
         (draft / "members").mkdir()
         marks = {}
         for name, genotype in members.items():
@@ -137,7 +138,8 @@ def load_team(folder: str | Path) -> LoadedTeam:
         _read_member(folder / "members" / f"{name}.safetensors", basis, digest)
         for name, digest in marks.items()
     ]
-    return LoadedTeam(folder, architecture, base, basis, tuple(marks), _stack(rows))
+    gains = _stack(rows)
+    return LoadedTeam(folder, architecture, base, jax.device_put(basis), tuple(marks), gains)
 
 
 def _read_members(folder: Path) -> dict[str, str]:

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cycleqd_jax.merging.spectral import gain_layout
 from cycleqd_jax.runs.export import ModelCard
 from cycleqd_jax.runs.release import PastRun
 from cycleqd_jax.runs.team import TeamError, export_team, load_team
@@ -18,7 +17,7 @@ from cycleqd_jax.runs.team import TeamError, export_team, load_team
 @pytest.fixture(scope="module")
 def written(finished: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     workspace = PastRun(finished).open()
-    zeros = gain_layout(workspace.basis).zeros()
+    zeros = workspace.layout.zeros()
     members = {"none": zeros, "all": jax.tree.map(np.ones_like, zeros)}
     folder = tmp_path_factory.mktemp("team") / "team"
     return export_team(folder, workspace, members, card=ModelCard("m", "b", {}), facts={})
