@@ -369,7 +369,7 @@ def test_arrays_of_an_operator_are_arguments_not_constants():
     jaxpr = jax.make_jaxpr(
         lambda r, m, key: breed(
             r,
-            state.generation,
+            state,
             key,
             linear_crossover(),
             m,
