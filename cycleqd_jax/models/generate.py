@@ -123,6 +123,8 @@ class Decoder:
                 "Decoder: expected max_new_tokens and max_rows of at least 1, "
                 f"got {max_new_tokens} and {max_rows}"
             )
+        if workers is not None and workers < 1:
+            raise ValueError(f"Decoder: expected workers of at least 1, got {workers}")
         if mode not in MODES:
             raise ValueError(f"Decoder: expected a mode of {MODES}, got {mode!r}")
         self.config = config

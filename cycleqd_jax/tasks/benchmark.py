@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from cycleqd_jax.sandbox.base import Limits
 from cycleqd_jax.tasks.base import P, Split, Task
@@ -90,6 +90,25 @@ def make_records(
     if not records:
         raise ValueError(f"{folder}: expected {what}, found none")
     return records
+
+
+def field_of(raw: Any, name: str, kind: Any) -> Any:
+    """An entry of a record's JSON.
+
+    Args:
+        raw: what the file holds; anything but an object has no entries.
+        name: of the entry.
+        kind: its type, or a union of such; True and False are no numbers.
+
+    Raises:
+        ValueError: there is none, or it is of another type.
+    """
+    value = raw.get(name) if isinstance(raw, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        expected = getattr(kind, "__name__", str(kind))
+        found = "nothing" if value is None else repr(value)[:60]
+        raise ValueError(f"{name}: expected {expected}, found {found}")
+    return value
 
 
 def split_of_group(group: str) -> Split:
