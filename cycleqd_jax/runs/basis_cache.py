@@ -44,7 +44,7 @@ def cached_decomposition(
 ) -> Decomposition:
     """The decomposition of these checkpoints, from disk where it is there and whole.
 
-    What comes from disk is NumPy arrays: the caller knows to which devices they go.
+    What comes from disk is NumPy arrays.
 
     A damaged entry is reported, made again and replaced. An entry that cannot be kept (no space, no
     permission) costs a line and nothing else.

@@ -21,6 +21,7 @@ from cycleqd_jax.runs.finalists import Choice, Finals, choose_finals, choose_uni
 from cycleqd_jax.runs.folder import RunFolder
 from cycleqd_jax.runs.lineage import FamilyTree, read_births
 from cycleqd_jax.runs.monitor import Monitor, draw_run
+from cycleqd_jax.runs.needs import default_mesh
 from cycleqd_jax.runs.parents import check_parents, record_parents
 from cycleqd_jax.runs.rebuild import digests
 from cycleqd_jax.runs.release import make_card
@@ -30,6 +31,7 @@ from cycleqd_jax.runs.watch import Watch
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import open_sandbox
 from cycleqd_jax.sandbox.memo import MemoSandbox
+from cycleqd_jax.sharding import local_mesh
 from cycleqd_jax.tasks.benchmark import sandbox_limits
 
 
@@ -51,6 +53,7 @@ def evolve(
     config: RunConfig,
     out: Path,
     *,
+    mesh: tuple[int, int] | None = None,
     train_seconds: float = 0.0,
     transcripts: bool = False,
     watch: Watch | None = None,
@@ -66,6 +69,8 @@ def evolve(
     Args:
         config: what to run.
         out: the run's folder, new or of the same config.
+        mesh: sizes of ``population`` and ``model``, all devices of this process together; by
+            default as `default_mesh` chooses.
         train_seconds: what making the experts took, for the summary.
         transcripts: write what happened in every episode to ``out/transcripts``.
         watch: what is shown and logged while it runs; by default what `Watch` says.
@@ -85,7 +90,10 @@ def evolve(
             _show(console, done, folder)
             return done
         clock = Clock()
-        workspace = open_workspace(config, cache)
+        shape = mesh or default_mesh(config)
+        if shape != (1, 1):
+            console.print(f"devices: {shape[0]}x{shape[1]} (population x model)")
+        workspace = open_workspace(config, cache, local_mesh(shape))
         if not folder.parents_file.exists():
             record_parents(folder.parents_file, workspace.folders, workspace.digests)
         check_parents(folder.parents_file, workspace.folders, workspace.digests)

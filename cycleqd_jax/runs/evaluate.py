@@ -15,6 +15,7 @@ from cycleqd_jax.runs.policy import PopulationPolicy
 from cycleqd_jax.runs.transcripts import record_transcripts
 from cycleqd_jax.runs.workspace import Workspace
 from cycleqd_jax.sandbox.base import Sandbox
+from cycleqd_jax.sharding import batch_placement
 from cycleqd_jax.tasks.base import Problem
 from cycleqd_jax.tasks.played import Rollout, beside
 from cycleqd_jax.tasks.rollout import TimeLimits, rollout
@@ -41,7 +42,7 @@ class Evaluator:
         self._workspace = workspace
         self._sandbox = sandbox
         self._transcripts = transcripts
-        tokenizer = workspace.tokenizer
+        tokenizer, mesh = workspace.tokenizer, workspace.mesh
         stops = workspace.architecture.eos_ids or (tokenizer.eos_token_id,)
         self.decoder = Decoder(
             None,
@@ -49,6 +50,7 @@ class Evaluator:
             stop_tokens=stops,
             pad_token=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
             max_new_tokens=workspace.config.max_new_tokens,
+            placement=None if mesh is None else batch_placement(workspace.architecture, mesh),
         )
         sampling = Sampling(temperature=workspace.config.temperature)
         self._policy = PopulationPolicy(self.decoder, tokenizer, sampling)

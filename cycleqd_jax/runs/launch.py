@@ -27,7 +27,7 @@ def launch(command: Command, *, train_seconds: float = 0.0, console: Console | N
     if not command.dry_run:
         compilation.cache_compilations(command.cache)
         if (command.out / "summary.json").exists():  # needs nothing any more
-            _evolve(command, train_seconds, console)
+            _evolve(command, None, train_seconds, console)
             return
     preflight = Preflight(command)
     findings = preflight.run()
@@ -38,7 +38,7 @@ def launch(command: Command, *, train_seconds: float = 0.0, console: Console | N
         )
     preflight.refuse()
     if not command.dry_run:
-        _evolve(command, train_seconds, console)
+        _evolve(command, preflight.mesh, train_seconds, console)
 
 
 def _say_where(command: Command) -> None:
@@ -48,12 +48,15 @@ def _say_where(command: Command) -> None:
             os.environ[name] = str(value)
 
 
-def _evolve(command: Command, train_seconds: float, console: Console) -> None:
+def _evolve(
+    command: Command, mesh: tuple[int, int] | None, train_seconds: float, console: Console
+) -> None:
     from cycleqd_jax.runs.driver import evolve  # here: a dry run loads no Orbax
 
     evolve(
         command.run,
         command.out,
+        mesh=mesh,
         train_seconds=train_seconds,
         transcripts=command.transcripts,
         watch=command.watch,

@@ -175,13 +175,17 @@ def open_workspace(
 
 
 def _decompose(stored: StoredFamily, settings: Mapping[str, Any]) -> Decomposition:
-    """One basis of full experts and LoRA experts, in the order of the config."""
+    """One basis of full experts and LoRA experts, in the order of the config, as NumPy arrays.
+
+    So it is as from the cache, and the factors of one leaf at a time are on a device.
+    """
     nodes: list[Any] = []
     ranks: dict[str, tuple[int, ...]] = {}
     errors: dict[str, np.ndarray] = {}
     for leaf in stored.leaves():
         found, report = _decompose_leaf(leaf, stored.mesh, settings)
-        nodes.append(found[leaf.path])
+        nodes.append(jax.device_get(found[leaf.path]))
+        del found
         ranks |= report.ranks
         errors |= report.error
     treedef: Any = jax.tree.structure(roles(stored.architecture))
