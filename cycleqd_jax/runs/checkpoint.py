@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
@@ -89,6 +90,12 @@ class Checkpoints:
                     step_format_fixed_length=6,
                     enable_async_checkpointing=False,
                     cleanup_tmp_directories=True,
+                    # Of several hosts one alone keeps checkpoints; Orbax would wait for all.
+                    multiprocessing_options=ocp.options.MultiprocessingOptions(
+                        primary_host=jax.process_index(), active_processes={jax.process_index()}
+                    )
+                    if jax.process_count() > 1
+                    else ocp.options.MultiprocessingOptions(),
                 ),
             )
 

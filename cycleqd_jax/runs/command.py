@@ -52,6 +52,11 @@ class Command:
         architecture: a model of ``python -m cycleqd_jax.plan`` that a dry run plans with while the
             base's folder is not there; None: the folders have to be there.
         chip: a dry run plans for this device instead of the one that is here.
+        coordinator: HOST:PORT of process 0, any free port there, for a run of several hosts: start
+            the same command on each with another ``--process``. Clusters that JAX recognises
+            (SLURM, Open MPI, Kubernetes, TPU pods) need none of the three.
+        process: number of this process, from 0; process 0 alone writes ``OUT``.
+        processes: how many there are. A run may go on with another number of them.
     """
 
     run: RunConfig
@@ -65,6 +70,9 @@ class Command:
     dry_run: bool = False
     architecture: str | None = None
     chip: str | None = None
+    coordinator: str | None = None
+    process: int | None = None
+    processes: int | None = None
 
 
 def known_settings() -> dict[str, Setting]:

@@ -3,6 +3,7 @@
 import re
 import shlex
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -10,7 +11,11 @@ from rich.console import Console
 from rich.markup import escape
 
 from cycleqd_jax.runs.failures import GenerationFailed
+from cycleqd_jax.runs.hosts import HostsError
 from cycleqd_jax.sandbox.base import SandboxBroken, SandboxUnavailable
+
+# What a user can mend; anything else is a bug and keeps its traceback.
+_MENDABLE = (ValueError, OSError, SandboxUnavailable, SandboxBroken, GenerationFailed, HostsError)
 
 
 @contextmanager
@@ -18,18 +23,27 @@ def main_guard() -> Iterator[None]:
     """Turn the errors a user can mend into one message and exit code 2, without a traceback."""
     try:
         yield
-    except (
-        ValueError,
-        OSError,
-        SandboxUnavailable,
-        SandboxBroken,
-        GenerationFailed,
-    ) as error:
-        Console(stderr=True).print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: start the same command again to go on")
-        sys.exit(130)
+    except (*_MENDABLE, KeyboardInterrupt) as error:
+        sys.exit(show_error(error))
+
+
+def show_error(error: BaseException, who: str = "") -> int:
+    """Show what ends a program, and return its exit code.
+
+    Args:
+        error: what was raised; a bug is shown with its traceback.
+        who: which of several processes shows it.
+    """
+    console, who = Console(stderr=True), who and f"{who}: "
+    if isinstance(error, KeyboardInterrupt):
+        console.print(f"{who}interrupted: start the same command again to go on")
+        return 130
+    if isinstance(error, _MENDABLE):
+        console.print(f"[bold red]error:[/] {escape(f'{who}{error}')}", soft_wrap=True)
+        return 2
+    text = "".join(traceback.format_exception(error))
+    console.print(f"{who}{text}", soft_wrap=True, markup=False, highlight=False)
+    return 1
 
 
 def parse_experts(arguments: Sequence[str], option: str = "--experts") -> dict[str, str]:

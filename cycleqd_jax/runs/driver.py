@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from cycleqd_jax.runs.export import Measured, ModelCard, export_model
 from cycleqd_jax.runs.files import read_json, write_json_atomic
 from cycleqd_jax.runs.finalists import Choice, Finals, choose_finals, choose_uniform
 from cycleqd_jax.runs.folder import RunFolder
+from cycleqd_jax.runs.hosts import ALONE, Hosts
 from cycleqd_jax.runs.lineage import FamilyTree, read_births
 from cycleqd_jax.runs.monitor import Monitor, draw_run
 from cycleqd_jax.runs.needs import default_mesh
@@ -60,6 +62,7 @@ def evolve(
     command: str = "",
     cache: Path | None = None,
     console: Console | None = None,
+    hosts: Hosts = ALONE,
 ) -> dict[str, Any]:
     """Run CycleQD and write everything about it to ``out``; return the summary.
 
@@ -77,48 +80,57 @@ def evolve(
         command: what reproduces the run, for the model cards.
         cache: folder where decompositions are kept from run to run; None keeps none.
         console: where tables go; by default the terminal's.
+        hosts: that run this together, each calling it with the same config; ``out`` is on that of
+            process 0, and only there anything is shown or written.
 
     Raises:
+        HostsError: the hosts have other settings, models or decompositions.
         ValueError: bad input, named (see `open_workspace` and `RunFolder.open`).
         SandboxUnavailable: no safe way to run programs here.
         KeyboardInterrupt: Ctrl-C, see `Interrupts`; the same call goes on.
     """
     console = console or Console()
-    with RunFolder.open(out, config.to_json()) as folder:
-        if folder.summary_file.exists():
-            done = read_json(folder.summary_file)
-            _show(console, done, folder)
+    with RunFolder.open(out, config.to_json()) if hosts.first else nullcontext() as folder:
+        finished = folder is not None and folder.summary_file.exists()
+        if done := hosts.broadcast(read_json(folder.summary_file) if folder and finished else None):
+            if folder is not None:
+                _show(console, done, folder)
             return done
+        hosts.agree(_settings(config), "settings", "start the same command on all of them")
         clock = Clock()
         shape = mesh or default_mesh(config)
         if shape != (1, 1):
             console.print(f"devices: {shape[0]}x{shape[1]} (population x model)")
         workspace = open_workspace(config, cache, local_mesh(shape))
-        if not folder.parents_file.exists():
-            record_parents(folder.parents_file, workspace.folders, workspace.digests)
-        check_parents(folder.parents_file, workspace.folders, workspace.digests)
-        _report_compatibility(console, workspace, folder)
-        console.print(
-            f"basis: rank {_ranks(workspace)} of each of {len(config.experts)} experts, "
-            f"retained energy {workspace.report.mean():.4f} "
-            f"(lowest {workspace.report.minimum():.4f})"
-        )
+        _agree_on_models(hosts, workspace)
+        if folder is not None:
+            if not folder.parents_file.exists():
+                record_parents(folder.parents_file, workspace.folders, workspace.digests)
+            check_parents(folder.parents_file, workspace.folders, workspace.digests)
+            _report_compatibility(console, workspace, folder)
+            console.print(
+                f"basis: rank {_ranks(workspace)} of each of {len(config.experts)} experts, "
+                f"retained energy {workspace.report.mean():.4f} "
+                f"(lowest {workspace.report.minimum():.4f})"
+            )
         # Drawn before the search: a task with too few problems must say so now.
         final = workspace.problems("validation", config.final_problems, config.seed)
         test = workspace.problems("test", config.test_problems, config.seed)
         limits = sandbox_limits(workspace.tasks)
         with MemoSandbox(open_sandbox(config.sandbox, limits)) as sandbox:
-            written = folder.path / "transcripts" if transcripts else None
-            evaluator = Evaluator(workspace, sandbox, written)
+            written = out / "transcripts" if transcripts else None
+            evaluator = Evaluator(workspace, sandbox, written, hosts)
             monitor = Monitor(watch or Watch(), folder, config.tasks, config.to_json())
-            search = Search(workspace, evaluator, folder, monitor)
+            search = Search(workspace, evaluator, folder, monitor, hosts)
             search.run()
             finals = choose_finals(workspace, evaluator, search.repertoire, final)
             uniform = choose_uniform(workspace, evaluator, final)
-            _record(folder, config, finals, uniform, command)
+            if folder is not None:
+                _record(folder, config, finals, uniform, command)
             clock.lap("evolve")
             scores, noise = _test(workspace, evaluator, finals, uniform, test, folder, command)
-        _draw(workspace, search, folder, finals.best)
+        if folder is not None:
+            _draw(workspace, search, folder, finals.best)
         clock.lap("test")
         metrics = search.metrics()
         result = summary(
@@ -132,9 +144,26 @@ def evolve(
             qd_score=[float(x) for x in metrics["qd_score"]],
             seconds={"train": train_seconds, **clock.seconds},
         )
-        write_json_atomic(folder.summary_file, result)
-        _show(console, result, folder)
+        if folder is not None:
+            write_json_atomic(folder.summary_file, result)
+            _show(console, result, folder)
         return result
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    """What has to be the same on all hosts; their models may lie elsewhere."""
+    return {**config.to_json(), "base": None, "experts": list(config.experts)}
+
+
+def _agree_on_models(hosts: Hosts, workspace: Workspace) -> None:
+    if hosts.count > 1:
+        hosts.agree(dict(workspace.digests), "models", "copy those of one host to the others")
+        basis = jax.tree.map(lambda leaf: leaf[None], workspace.basis)
+        hosts.agree(
+            digests(basis),
+            "decompositions of the experts",
+            "they round differently: copy the folder bases of one host's --cache to the others",
+        )
 
 
 def _report_compatibility(console: Console, workspace: Workspace, folder: RunFolder) -> None:
@@ -173,7 +202,7 @@ def _test(
     finals: Finals,
     uniform: Choice,
     problems: Problems,
-    folder: RunFolder,
+    folder: RunFolder | None,
     command: str,
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
     """Score the table's models, one in memory at a time, and write the two that are put forward.
@@ -185,7 +214,6 @@ def _test(
         "cycleqd/best": finals.best,
         "cycleqd/aggregate": finals.aggregate,
     }
-    targets = {"cycleqd/best": folder.best, "cycleqd/aggregate": folder.aggregate}
     models: dict[str, Callable[[], Any]] = {"base": lambda: workspace.base}
     models |= {f"expert/{e}": partial(workspace.expert_params, e) for e in workspace.config.experts}
     models |= {name: partial(workspace.model, choice.gains) for name, choice in chosen.items()}
@@ -197,11 +225,12 @@ def _test(
             row, errors = played.scores[0], played.standard_errors[0]
             noise[name] = dict(zip(workspace.config.tasks, map(float, errors), strict=True))
             scores[name] = dict(zip(workspace.config.tasks, map(float, row), strict=True))
-            if name in targets:
+            if folder is not None and name in ("cycleqd/best", "cycleqd/aggregate"):
                 choice = chosen[name]
                 card = _card(workspace, folder, name, choice, scores[name], command)
                 like = Path(workspace.config.base)
-                export_model(targets[name], workspace.architecture, params, like=like, card=card)
+                target = folder.best if name == "cycleqd/best" else folder.aggregate
+                export_model(target, workspace.architecture, params, like=like, card=card)
             del params  # before the next one is built
             progress.advance(note=f"{name} {row.mean():.3f}")
     return scores, noise

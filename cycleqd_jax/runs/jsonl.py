@@ -77,6 +77,30 @@ class JsonlWriter:
         self.close()
 
 
+class NoLog:
+    """Takes the place of a `JsonlWriter` where nothing is written."""
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Write nothing."""
+
+    def sync(self) -> None:
+        """Wait for nothing."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+
+Log = JsonlWriter | NoLog
+
+
 def read_jsonl(path: Path, *, plain: bool = False) -> list[Row]:
     """All whole rows of a log; a missing file has none.
 

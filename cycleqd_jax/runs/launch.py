@@ -7,11 +7,15 @@ from rich.console import Console
 from cycleqd_jax.runs import compilation
 from cycleqd_jax.runs.command import Command
 from cycleqd_jax.runs.console import reproduce_command
+from cycleqd_jax.runs.hosts import Hosts
+from cycleqd_jax.runs.joining import joined_hosts
 from cycleqd_jax.runs.preflight import Preflight, findings_table, plan_text
 
 
 def launch(command: Command, *, train_seconds: float = 0.0, console: Console | None = None) -> None:
     """Check what the run needs, then run it; a dry run prints both and stops before.
+
+    Where the run has several processes an error ends them all here, see `joined_hosts`.
 
     Args:
         command: what to run.
@@ -22,23 +26,25 @@ def launch(command: Command, *, train_seconds: float = 0.0, console: Console | N
         NotReady: checks failed, all of them named.
         ValueError, SandboxUnavailable, KeyboardInterrupt: as of `evolve`.
     """
-    console = console or Console()
     _say_where(command)
-    if not command.dry_run:
-        compilation.cache_compilations(command.cache)
-        if (command.out / "summary.json").exists():  # needs nothing any more
-            _evolve(command, None, train_seconds, console)
-            return
-    preflight = Preflight(command)
-    findings = preflight.run()
-    if command.dry_run:
-        console.print(findings_table(findings))
-        console.print(
-            plan_text(command, preflight.needs), soft_wrap=True, highlight=False, markup=False
-        )
-    preflight.refuse()
-    if not command.dry_run:
-        _evolve(command, preflight.mesh, train_seconds, console)
+    with joined_hosts(command.coordinator, command.process, command.processes) as hosts:
+        console = (console or Console()) if hosts.first else Console(quiet=True)
+        if not command.dry_run:
+            compilation.cache_compilations(command.cache)
+            # A finished run needs nothing any more.
+            if hosts.broadcast(hosts.first and (command.out / "summary.json").exists()):
+                _evolve(command, None, train_seconds, console, hosts)
+                return
+        preflight = Preflight(command, hosts)
+        findings = preflight.run()
+        if command.dry_run:
+            console.print(findings_table(findings))
+            console.print(
+                plan_text(command, preflight.needs), soft_wrap=True, highlight=False, markup=False
+            )
+        preflight.refuse()
+        if not command.dry_run:
+            _evolve(command, preflight.mesh, train_seconds, console, hosts)
 
 
 def _say_where(command: Command) -> None:
@@ -49,7 +55,11 @@ def _say_where(command: Command) -> None:
 
 
 def _evolve(
-    command: Command, mesh: tuple[int, int] | None, train_seconds: float, console: Console
+    command: Command,
+    mesh: tuple[int, int] | None,
+    train_seconds: float,
+    console: Console,
+    hosts: Hosts,
 ) -> None:
     from cycleqd_jax.runs.driver import evolve  # here: a dry run loads no Orbax
 
@@ -63,4 +73,5 @@ def _evolve(
         command=reproduce_command(),
         cache=command.cache,
         console=console,
+        hosts=hosts,
     )

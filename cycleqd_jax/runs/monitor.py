@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from types import FrameType, TracebackType
 from typing import Any
@@ -63,15 +63,20 @@ class Monitor:
 
     Args:
         watch: what is asked for.
-        folder: the run's.
+        folder: the run's; None where nothing is written, whatever is asked for.
         tasks: the tasks' names.
         config: what the run was started with, for the loggers.
     """
 
     def __init__(
-        self, watch: Watch, folder: RunFolder, tasks: Sequence[str], config: Mapping[str, Any]
+        self,
+        watch: Watch,
+        folder: RunFolder | None,
+        tasks: Sequence[str],
+        config: Mapping[str, Any],
     ) -> None:
-        self._watch = watch
+        # Where nothing is written, all there is to do is to listen for Ctrl-C.
+        self._watch = Watch(pictures_every=0) if folder is None else watch
         self._folder = folder
         self._tasks = list(tasks)
         self._config = config
@@ -95,9 +100,7 @@ class Monitor:
 
     def __enter__(self) -> "Monitor":
         with ExitStack() as opening:  # what is open already is closed if the rest does not open
-            for logger in open_loggers(
-                self._watch.log, self._folder.path, self._config, self._done
-            ):
+            for logger in self._open_loggers():
                 opening.callback(logger.close)
                 self._loggers.append(logger)
             opening.callback(self._stop_profile)
@@ -134,13 +137,17 @@ class Monitor:
             for logger in self._loggers:
                 logger.log(generation, scalars)
         every = self._watch.pictures_every
-        if every and generation % every == 0:
+        if every and generation % every == 0 and self._folder is not None:
             draw_run(self._folder, repertoire, self._tasks, expert_scores, generation)
         self._profile(generation)
         return self._interrupts.asked
 
+    def _open_loggers(self) -> Iterator[Logger]:
+        if self._folder is not None:
+            yield from open_loggers(self._watch.log, self._folder.path, self._config, self._done)
+
     def _profile(self, generation: int) -> None:
-        if generation == self._profile_from:
+        if generation == self._profile_from and self._folder is not None:
             target = self._folder.path / "profile"
             jax.profiler.start_trace(str(target), create_perfetto_trace=True)
             self._profiling = True
@@ -199,6 +206,8 @@ def progress_note(row: Mapping[str, Any], tasks: Sequence[str]) -> str:
         f"{row['tokens_per_second']:,.0f} tok/s",
         " ".join(f"{phase} {s:.1f}s" for phase, s in row["seconds"].items() if s >= 0.05),
     ]
+    if "hosts" in row:
+        parts.append(f"hosts wait up to {max(row['hosts']['waiting']):.0%}")
     memory = row.get("device_memory", {})
     if {"peak", "limit"} <= memory.keys():
         parts.append(f"memory {memory['peak'] / 1e9:.1f}/{memory['limit'] / 1e9:.0f} GB")

@@ -7,7 +7,7 @@ says what the problem's own demonstration says.
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -21,6 +21,7 @@ from cycleqd_jax.models.tokenizer import load_tokenizer
 from cycleqd_jax.plan import describe
 from cycleqd_jax.runs.command import Command
 from cycleqd_jax.runs.config import RunConfig
+from cycleqd_jax.runs.hosts import ALONE, Hosts
 from cycleqd_jax.runs.loggers import check_loggers
 from cycleqd_jax.runs.needs import (
     Device,
@@ -91,10 +92,12 @@ class Preflight:
 
     Args:
         command: what is to run.
+        hosts: that run it together; each looks at itself, and all learn what failed anywhere.
     """
 
-    def __init__(self, command: Command) -> None:
+    def __init__(self, command: Command, hosts: Hosts = ALONE) -> None:
         self._command = command
+        self._hosts = hosts
         self._config = command.run
         self.findings: list[Finding] = []
         self.needs: Needs | None = None
@@ -112,10 +115,23 @@ class Preflight:
             self._note("disk", "skipped", "the base's folder is needed to plan it")
         else:
             self._machine(architecture, self._longest(problems))
-        if self._command.watch.log:
+        if self._command.watch.log and self._hosts.first:
             names = self._command.watch.log
             self._try("loggers", lambda: check_loggers(names), lambda _: ", ".join(names), "")
+        self._share()
         return self.findings
+
+    def _share(self) -> None:
+        """Add what failed on other hosts to what process 0 found."""
+        rows = [asdict(finding) for finding in self.findings]
+        first, *others = self._hosts.gather(rows, "checks")
+        self.findings = [Finding(**row) for row in first]
+        for number, found in enumerate(others, start=1):
+            for row in found:
+                if row["status"] == "failed":
+                    self.findings.append(
+                        Finding(**{**row, "check": f"process {number}, {row['check']}"})
+                    )
 
     def refuse(self) -> None:
         """Raise if anything failed.
@@ -276,12 +292,13 @@ class Preflight:
             )
             self._note("memory", "failed", f"needs {said}", advice)
         out, cache = self._command.out, self._command.cache
-        short = short_disks([(out, needs.out), (cache, needs.cache)])
+        written = needs.out if self._hosts.first else 0
+        short = short_disks([(out, written), (cache, needs.cache)])
         for folder, wanted, free in short:
             said = f"needs up to {_gb(wanted)} for {folder}, found {_gb(free)} free"
             self._note("disk", "failed", said, "make room, or see --out and --cache")
         if not short:
-            said = f"up to {_gb(needs.out)} in {out} and {_gb(needs.cache)} in {cache}: there"
+            said = f"up to {_gb(written)} in {out} and {_gb(needs.cache)} in {cache}: there"
             self._note("disk", "ok", said)
 
 

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,11 +16,13 @@ from cycleqd_jax.qd.compact import compact, expand
 from cycleqd_jax.qd.metrics import acceptance, qd_metrics
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.runs.breeding import first_parents, make_emitter
-from cycleqd_jax.runs.checkpoint import Checkpoints
+from cycleqd_jax.runs.checkpoint import Checkpoints, Restored
 from cycleqd_jax.runs.evaluate import Evaluator
 from cycleqd_jax.runs.failures import Failures
 from cycleqd_jax.runs.folder import RunFolder
-from cycleqd_jax.runs.jsonl import JsonlWriter, truncate_after
+from cycleqd_jax.runs.hosts import ALONE, Hosts
+from cycleqd_jax.runs.jsonl import JsonlWriter, Log, NoLog, truncate_after
+from cycleqd_jax.runs.leaves import named_leaves, rebuild, to_numpy
 from cycleqd_jax.runs.lineage import Birth, LineageError, read_births
 from cycleqd_jax.runs.monitor import Monitor, device_memory, progress_note
 from cycleqd_jax.runs.rebuild import digests
@@ -33,19 +36,27 @@ class Search:
     Args:
         workspace: the checked inputs.
         evaluator: scores populations.
-        folder: where logs and checkpoints go; a folder with checkpoints is resumed.
+        folder: where logs and checkpoints go; a folder with checkpoints is resumed. None on all
+            hosts but the first: they breed the same and write nothing.
         monitor: shows every generation, and may end the search after one.
+        hosts: of the run.
 
     ``repertoire`` and ``expert_scores`` are there after `run`.
     """
 
     def __init__(
-        self, workspace: Workspace, evaluator: Evaluator, folder: RunFolder, monitor: Monitor
+        self,
+        workspace: Workspace,
+        evaluator: Evaluator,
+        folder: RunFolder | None,
+        monitor: Monitor,
+        hosts: Hosts = ALONE,
     ) -> None:
         self._workspace = workspace
         self._monitor = monitor
         self._evaluator = evaluator
         self._folder = folder
+        self._hosts = hosts
         self._config = workspace.config
         self._problems = workspace.problems("search", self._config.problems, self._config.seed)
         self._key = jax.random.key(self._config.seed)
@@ -73,15 +84,19 @@ class Search:
             KeyboardInterrupt: the monitor was asked to stop; all that was bred is in a checkpoint.
         """
         config = self._config
+        if self._folder is None:
+            self._run(None)
+            return
         with Checkpoints(
             self._folder.checkpoints, config.checkpoints_kept, config.checkpoint_archive
         ) as checkpoints:
             self._run(checkpoints)
 
-    def _run(self, checkpoints: Checkpoints) -> None:
+    def _run(self, checkpoints: Checkpoints | None) -> None:
         config = self._config
         experts = first_parents(self._workspace)
-        resuming = checkpoints.latest() is not None
+        found = checkpoints is not None and checkpoints.latest() is not None
+        resuming = self._hosts.broadcast(found)
         scores = self._logged_scores() if resuming else self._score_experts(experts)
         self._emitter = make_emitter(self._workspace, scores)
         search = MAPElites(
@@ -102,31 +117,32 @@ class Search:
         failures = Failures()
         if resuming:
             template = {"repertoire": compact(self.repertoire), "emitter": state}
-            restored = checkpoints.restore(template)
-            assert restored is not None
+            restored = self._restore(checkpoints, template)
             done, failures = restored.generation, Failures(**restored.counters["failures"])
             self.repertoire = expand(restored.state["repertoire"])
             state = restored.state["emitter"]
-        for path in (self._folder.metrics_file, self._folder.lineage_file):
-            truncate_after(path, done if resuming else -1)
+        metrics_log, lineage_log = self._logs(done if resuming else -1)
         with (
-            JsonlWriter(self._folder.metrics_file) as metrics,
-            JsonlWriter(self._folder.lineage_file) as lineage,
+            metrics_log as metrics,
+            lineage_log as lineage,
             Progress("evolve", config.generations) as progress,
             self._monitor.watching(done, config.generations),
         ):
             if not resuming:
                 self._log_experts(lineage, experts)
             progress.advance(done)
+            self._hosts.waiting()  # what was before is of no generation
             for generation in range(done + 1, config.generations + 1):
                 state, row, failed = self._generation(search, state, generation, lineage)
                 failures += failed
                 metrics.write(row)
                 note = progress_note(row, config.tasks)
                 progress.advance(note=f"{note}  {failures}" if failures else note)
-                stop = self._monitor.step(row, self.repertoire, self.expert_scores)
+                asked = self._monitor.step(row, self.repertoire, self.expert_scores)
+                stop = any(self._hosts.gather(asked, "whether to stop"))
                 last = generation == config.generations
-                if stop or last or generation % config.checkpoint_every == 0:
+                due = stop or last or generation % config.checkpoint_every == 0
+                if due and checkpoints is not None:
                     for log in (metrics, lineage):
                         log.sync()
                     checkpoints.save(
@@ -139,6 +155,31 @@ class Search:
                     )
                 if stop:
                     raise KeyboardInterrupt
+
+    def _logs(self, last: int) -> tuple[Log, Log]:
+        """The logs of metrics and lineage, without what was written after generation ``last``."""
+        if self._folder is None:
+            return NoLog(), NoLog()
+        paths = self._folder.metrics_file, self._folder.lineage_file
+        for path in paths:
+            truncate_after(path, last)
+        metrics, lineage = map(JsonlWriter, paths)
+        return metrics, lineage
+
+    def _restore(self, checkpoints: Checkpoints | None, template: Any) -> Restored:
+        """The newest checkpoint, which process 0 reads, on all hosts."""
+        read = None if checkpoints is None else checkpoints.restore(template)
+        if self._hosts.count == 1:
+            assert read is not None
+            return read
+        sent = read and {
+            "generation": read.generation,
+            "counters": read.counters,
+            "leaves": [to_numpy(leaf, name) for name, leaf in named_leaves(read.state)],
+        }
+        found = self._hosts.broadcast(sent)
+        state = rebuild(template, found["leaves"])
+        return Restored(found["generation"], state, found["counters"])
 
     def _evaluations(self, generation: int) -> int:
         return len(self._config.experts) + generation * self._config.children
@@ -156,16 +197,19 @@ class Search:
 
     def _logged_scores(self) -> np.ndarray:
         """The experts' scores that the run began with: grid and archives rest on them."""
-        births = [b for b in read_births(self._folder.lineage_file) if b.generation == 0]
+        scores = None if self._folder is None else self._read_scores(self._folder.lineage_file)
+        return self._name_scores(np.asarray(self._hosts.broadcast(scores), np.float32))
+
+    def _read_scores(self, log: Path) -> list[list[float]]:
+        births = [b for b in read_births(log) if b.generation == 0]
         names = [birth.operator.get("expert") for birth in births]
         if names != list(self._config.experts):
             raise LineageError(
-                f"{self._folder.lineage_file}: expected it to begin with the experts "
+                f"{log}: expected it to begin with the experts "
                 f"{', '.join(self._config.experts)}, found {names}: the log is damaged, restore it "
                 "from a copy or start in another folder"
             )
-        scores = [[birth.scores[task] for task in self._config.tasks] for birth in births]
-        return self._name_scores(np.asarray(scores, np.float32))
+        return [[birth.scores[task] for task in self._config.tasks] for birth in births]
 
     def _name_scores(self, scores: np.ndarray) -> np.ndarray:
         self.expert_scores = {
@@ -175,7 +219,7 @@ class Search:
         return scores
 
     def _generation(
-        self, search: MAPElites, state: Any, generation: int, lineage: JsonlWriter
+        self, search: MAPElites, state: Any, generation: int, lineage: Log
     ) -> tuple[Any, dict[str, Any], Failures]:
         """Breed, score and offer one batch; log every child; return the state and a metrics row."""
         started = time.perf_counter()
@@ -185,10 +229,10 @@ class Search:
         )
         parents = np.asarray(self.repertoire.extra_scores["id"])[np.asarray(info["parents"])]
         emitted = time.perf_counter()
-        tokens = self._evaluator.decoder.stats.generated_tokens
+        tokens = self._evaluator.generated_tokens
         phase = f"generation-{generation:06d}"
         played = self._evaluator.population(children, self._problems, phase=phase)
-        tokens = self._evaluator.decoder.stats.generated_tokens - tokens
+        tokens = self._evaluator.generated_tokens - tokens
         failed = Failures.of(played)
         failed.refuse_blindness(f"generation {generation}", played)
         scored = time.perf_counter()
@@ -219,6 +263,8 @@ class Search:
             **played.seconds,
             "add": time.perf_counter() - scored,
         }
+        if hosts := self._hosts.waiting():
+            row["hosts"] = hosts
         return state, row, failed
 
     def _row(
@@ -239,7 +285,7 @@ class Search:
             **({"device_memory": memory} if (memory := device_memory()) else {}),
         }
 
-    def _log_experts(self, lineage: JsonlWriter, experts: Any) -> None:
+    def _log_experts(self, lineage: Log, experts: Any) -> None:
         marks = digests(experts)
         for number, (name, scores) in enumerate(self.expert_scores.items()):
             birth = Birth(
@@ -256,7 +302,7 @@ class Search:
 
     def _log_children(
         self,
-        lineage: JsonlWriter,
+        lineage: Log,
         generation: int,
         ids: np.ndarray,
         parents: np.ndarray,

@@ -12,7 +12,6 @@ import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -33,16 +32,16 @@ CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.
 class ScriptedEvaluator:
     """Scores are a function of the bits of a genotype or of a model."""
 
-    def __init__(self, workspace: Any, sandbox: Any, transcripts: Any) -> None:
+    def __init__(self, workspace: Any, sandbox: Any, transcripts: Any, hosts: Any) -> None:
         self.tasks = workspace.config.tasks
-        self.decoder = SimpleNamespace(stats=SimpleNamespace(generated_tokens=0))
+        self.generated_tokens = 0
 
     def population(
         self, gains: Any, problems: Any, on_progress: Any = None, *, phase: str
     ) -> Rollout:
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gains)]
         flat = np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
-        self.decoder.stats.generated_tokens += 10 * len(flat)
+        self.generated_tokens += 10 * len(flat)
         return self._play(flat.astype(np.float64), problems)
 
     def model(self, params: Any, problems: Any, *, phase: str) -> Rollout:

@@ -1,0 +1,153 @@
+"""From single processes to the hosts of one run, and how they part again."""
+
+import contextlib
+import os
+import socket
+import sys
+import warnings
+from collections.abc import Iterator
+
+import jax
+import rich
+from rich.console import Console
+from rich.markup import escape
+
+from cycleqd_jax.runs.console import show_error
+from cycleqd_jax.runs.hosts import ALONE, Hosts, HostsError, JoinedHosts, exchange
+from cycleqd_jax.runs.lifeline import Doors, Lifeline, knock, linger_on_abort, own_address
+
+# JAX's own watch only stands behind the lifeline, which is quicker and says who is lost.
+_HEARTBEAT_SECONDS = 45
+_START_SECONDS = 300
+
+
+@contextlib.contextmanager
+def joined_hosts(
+    coordinator: str | None = None, process: int | None = None, processes: int | None = None
+) -> Iterator[Hosts]:
+    """Join the processes of a run while the block lasts; before anything is computed.
+
+    Without arguments those of a cluster that JAX recognises are joined (SLURM, Open MPI,
+    Kubernetes, TPU pods), and on any other machine there is this process alone.
+
+    With several processes an error does not leave the block: it is shown, the others are told and
+    end as well, and so does this process, with the exit code of `show_error`.
+
+    Args:
+        coordinator: ``host:port`` of process 0, where it listens; any free port.
+        process: number of this process.
+        processes: how many there are.
+
+    Raises:
+        ValueError: only some of the arguments, or numbers that make no sense.
+        HostsError: the others did not come.
+    """
+    chosen = _chosen(coordinator, process, processes)
+    if chosen is None and not in_cluster():
+        yield ALONE
+        return
+    _initialize(chosen)
+    if jax.process_count() == 1:
+        yield ALONE
+        return
+    index, count = jax.process_index(), jax.process_count()
+    name = f"process {index} of {count}"
+
+    def say(why: str) -> None:
+        console = Console(stderr=True)
+        console.show_cursor()  # a progress bar may have hidden it
+        console.print(f"[bold red]error:[/] {escape(f'{name}: {why}')}", soft_wrap=True)
+
+    lifeline = Lifeline(index, count, _links(index, count, chosen), say)
+    linger_on_abort()
+    if index:
+        rich.get_console().quiet = True
+    try:
+        hosts = JoinedHosts(lifeline)
+        yield hosts
+        hosts.gather(None, "the end")
+    except BaseException as error:
+        stopped = isinstance(error, KeyboardInterrupt)
+        code = 130 if stopped and index else show_error(error, name if index else "")
+        lifeline.leave("it was interrupted" if stopped else f"{error}")
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Not the usual way: JAX would wait for the others, which are ending like this too.
+        os._exit(code)
+    lifeline.close()
+    jax.distributed.shutdown()
+
+
+def in_cluster() -> bool:
+    """Whether JAX recognises a cluster in which this is one process of several.
+
+    Raises:
+        RuntimeError: Kubernetes does not say how many there are.
+    """
+    from jax._src.clusters import ClusterEnv
+
+    for kind in ClusterEnv._cluster_types:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a package is missing for clusters
+            if kind.opt_in_only_method or not kind.is_env_present():
+                continue
+            try:
+                return kind.get_process_count() > 1
+            except RuntimeError:
+                if "JOB_COMPLETION_INDEX" in os.environ:  # one of several pods of a job
+                    raise
+    return False
+
+
+def _chosen(
+    coordinator: str | None, process: int | None, processes: int | None
+) -> tuple[str, int, int] | None:
+    """What the command line says of the processes."""
+    given = {"--coordinator": coordinator, "--process": process, "--processes": processes}
+    missing = [flag for flag, value in given.items() if value is None]
+    if coordinator is None or process is None or processes is None:
+        if len(missing) < len(given):
+            raise ValueError(
+                f"several processes: expected {', '.join(given)} together, found no "
+                f"{' and no '.join(missing)}"
+            )
+        return None
+    host, sign, port = coordinator.rpartition(":")
+    if not (host and sign and port.isdecimal()):
+        raise ValueError(f"--coordinator: expected HOST:PORT of process 0, found {coordinator!r}")
+    if not 0 <= process < processes:
+        raise ValueError(
+            f"--process: expected a number from 0 to {processes - 1} with --processes "
+            f"{processes}, found {process}"
+        )
+    return coordinator, process, processes
+
+
+def _initialize(chosen: tuple[str, int, int] | None) -> None:
+    # It would take SIGTERM for itself; a run stops by an agreement of its own.
+    jax.config.update("jax_enable_preemption_service", False)
+    address, index, count = chosen or (None, None, None)
+    try:
+        jax.distributed.initialize(
+            address,
+            count,
+            index,
+            cluster_detection_method="deactivate" if chosen else None,
+            initialization_timeout=_START_SECONDS,
+            heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+            shutdown_timeout_seconds=_HEARTBEAT_SECONDS,
+        )
+    except RuntimeError as error:
+        raise HostsError(
+            f"the processes cannot be joined{f' at {address}' if address else ''}: {error}\n"
+            "Expected every process from 0 on to be started within "
+            f"{_START_SECONDS // 60} minutes, once each, and process 0 to be reachable there"
+        ) from error
+
+
+def _links(index: int, count: int, chosen: tuple[str, int, int] | None) -> dict[int, socket.socket]:
+    """Connections for the lifeline."""
+    host = chosen[0].rpartition(":")[0].strip("[]") if chosen else own_address()
+    doors = Doors(host) if index == 0 else None
+    (address, *_) = exchange(None if doors is None else doors.address)
+    return {0: knock(address, index)} if doors is None else doors.admit(count)
