@@ -9,18 +9,18 @@ started together, and the scripts of 32 episodes run while all of them are alive
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from measuring import Row, row, write_rows
 
+from cycleqd_jax.sandbox import Sandbox, open_sandbox
 from cycleqd_jax.sandbox.machines import Machines
-from cycleqd_jax.tasks.base import Ask, Call
-from cycleqd_jax.tasks.osbench import prompt
-from cycleqd_jax.tasks.osbench.offline import NOT_OFFLINE
-from cycleqd_jax.tasks.osbench.records import Record
+from cycleqd_jax.tasks.osbench.offline import not_offline
 from cycleqd_jax.tasks.osbench.task import OSBenchProblem, OSBenchTask, open_osbench
+from cycleqd_jax.tasks.policies import ideal_policy
+from cycleqd_jax.tasks.rollout import rollout
 
 AT_ONCE = 32
 MINUTE = 60.0  # no time was asked for; something has to stand beside ours
@@ -36,17 +36,19 @@ def main() -> None:
     task = open_osbench(options.data)
     opened = time.perf_counter() - started
     problems = task.every_problem()
-    offline = [problem for problem in problems if problem.record.id not in NOT_OFFLINE]
-    scores, seconds = timed_map(lambda problem: play(task, problem), offline)
-    failed = [p.record.id for p, s in zip(offline, scores, strict=True) if s != 1.0]
-    print(
-        f"common system in {opened:.2f} s; reference solutions: {sum(scores):.0f} of "
-        f"{len(offline)} in {seconds:.1f} s, not solved: {', '.join(failed) or 'none'}"
-    )
-    others = [problem for problem in problems if problem.record.id in NOT_OFFLINE]
-    for problem, score in zip(others, timed_map(lambda p: play(task, p), others)[0], strict=True):
-        reason = NOT_OFFLINE[problem.record.id]
-        print(f"  left out: {problem.record.id:15} scores {score:.0f}: {reason}")
+    reasons = not_offline(task.backend.users)
+    offline = [problem for problem in problems if problem.record.id not in reasons]
+    others = [problem for problem in problems if problem.record.id in reasons]
+    with open_sandbox(workers=1) as sandbox:
+        scores, seconds = ideal_scores(task, offline, sandbox)
+        failed = [p.record.id for p, s in zip(offline, scores, strict=True) if s != 1.0]
+        print(
+            f"common system in {opened:.2f} s; reference solutions: {sum(scores):.0f} of "
+            f"{len(offline)} in {seconds:.1f} s, not solved: {', '.join(failed) or 'none'}"
+        )
+        for problem, score in zip(others, ideal_scores(task, others, sandbox)[0], strict=True):
+            reason = reasons[problem.record.id]
+            print(f"  left out: {problem.record.id:15} scores {score:.0f}: {reason}")
     assert isinstance(task.backend, Machines)
     boot, alive = many(task.backend)
     print(f"{AT_ONCE} machines start together in {boot:.2f} s, then type in {alive:.2f} s")
@@ -65,31 +67,16 @@ def bar(title: str, ours: float, limit: float, unit: str, more_is_better: bool) 
     return row(f"OS: {title}", ours, limit, name, unit, more_is_better=more_is_better)
 
 
-def play(task: OSBenchTask, problem: OSBenchProblem) -> float:
-    """The score of the agent that knows the reference solution."""
-    episode = task.episode(problem)
-    try:
-        step = next(episode)
-        while True:
-            if isinstance(step, Ask):
-                heard = step.messages[-1].content
-                step = episode.send(speak(problem.record, len(step.messages), heard))
-            else:
-                assert isinstance(step, Call)
-                step = episode.send(step.function())
-    except StopIteration as end:
-        return float(end.value)
+def ideal_scores(
+    task: OSBenchTask, problems: Sequence[OSBenchProblem], sandbox: Sandbox
+) -> tuple[list[float], float]:
+    """Scores of the agent that knows the reference solutions, and the seconds of all together."""
 
+    def score(problem: OSBenchProblem) -> float:
+        alone = {task.name: [problem]}
+        return float(rollout([task], alone, 1, ideal_policy([problem]), sandbox).scores[0, 0])
 
-def speak(record: Record, length: int, heard: str) -> str:
-    """First the reference solution, then its last line as the answer, or the label."""
-    first = length == len(prompt.opening(""))
-    if record.example and first:
-        return prompt.write_bash(record.example.code)
-    if record.match is not None:
-        return prompt.write_commit(record.match)
-    lines = heard.splitlines()
-    return prompt.write_commit(lines[-1] if len(lines) > 1 else None)
+    return timed_map(score, problems)
 
 
 def many(machines: Machines) -> tuple[float, float]:
@@ -102,7 +89,7 @@ def many(machines: Machines) -> tuple[float, float]:
     return boot, alive
 
 
-def timed_map(function: Callable, items: list | range) -> tuple[list, float]:
+def timed_map(function: Callable, items: Sequence) -> tuple[list, float]:
     begun = time.perf_counter()
     with ThreadPoolExecutor(AT_ONCE) as threads:
         results = list(threads.map(function, items))

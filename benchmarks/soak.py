@@ -20,9 +20,8 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from measuring import write_rows
+from measuring import Row, row, write_rows
 
 from cycleqd_jax.sandbox import Job, Limits, Outcome, open_sandbox
 
@@ -129,23 +128,28 @@ def main() -> None:
     parser.add_argument("--round", type=int, default=250)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    if options.programs < len(BACKENDS) or options.round < 1:
+        parser.error(
+            f"expected at least {len(BACKENDS)} programs, one a sandbox, and rounds of at least 1, "
+            f"found --programs {options.programs} --round {options.round}"
+        )
     with tempfile.TemporaryDirectory() as folder:
         # A folder that nobody else on this machine writes to.
         tempfile.tempdir = folder
         rows = [soak(name, options.programs // len(BACKENDS), options) for name in BACKENDS]
-    for row in rows:
-        print(f"\n{row['row']}: {row['programs']} programs, {row['rate']:.0f}/s")
-        print(f"  ended   {row['ended']}")
-        for name, (first, last) in row["traces"].items():
+    for found in rows:
+        print(f"\n{found['row']}: {found['programs']} programs, {found['rate']:.0f}/s")
+        print(f"  ended   {found['ended']}")
+        for name, (first, last) in found["traces"].items():
             print(f"  {name:20s} {first:10.1f} -> {last:10.1f}")
-        print(f"  judged wrong: {len(row['wrong'])}; left behind: {row['left'] or 'nothing'}")
-        for line in row["wrong"][:5]:
+        print(f"  judged wrong: {len(found['wrong'])}; left behind: {found['left'] or 'nothing'}")
+        for line in found["wrong"][:5]:
             print(f"    {line}")
     write_rows(options.json, rows)
-    sys.exit(any(row["ours"] for row in rows))
+    sys.exit(any(found["ours"] for found in rows))
 
 
-def soak(backend: str, programs: int, options: argparse.Namespace) -> dict[str, Any]:
+def soak(backend: str, programs: int, options: argparse.Namespace) -> Row:
     """One backend's row; what it counts is the things left behind and the wrong judgements."""
     outside = traces()
     ended: collections.Counter[str] = collections.Counter()
@@ -169,24 +173,23 @@ def soak(backend: str, programs: int, options: argparse.Namespace) -> dict[str, 
             print(f"{backend}: {done} programs, {seconds:.0f} s, {last}", flush=True)
     left = {"in use": last.grown(first), "after close": settled(outside).grown(outside)}
     found = {when: what for when, what in left.items() if what}
-    return {
-        "row": f"soak {backend}",
-        "ours": float(len(wrong) + sum(map(len, found.values()))),
-        "peer": None,
-        "peer_name": None,
-        "unit": "things left behind or judged wrong",
-        "ratio": None,
-        "limit": 0.0,
-        "programs": done,
-        "rate": done / seconds,
-        "ended": dict(ended),
-        "wrong": wrong,
-        "left": found,
-        "traces": {
+    return row(
+        f"soak {backend}",
+        len(wrong) + sum(map(len, found.values())),
+        0.0,
+        "bar",
+        "things left behind or judged wrong",
+        0.0,
+        programs=done,
+        rate=done / seconds,
+        ended=dict(ended),
+        wrong=wrong,
+        left=found,
+        traces={
             name: [value / (2**20 if name.endswith("memory") else 1) for value in pair]
             for name, pair in ((n, (v, vars(last)[n])) for n, v in vars(first).items())
         },
-    }
+    )
 
 
 def rounds(programs: int, size: int) -> Iterator[list[tuple[Job, str | None, str]]]:

@@ -9,10 +9,10 @@ and compared with what the log says of it. `cycleqd_jax.export` writes it as a f
 import argparse
 from pathlib import Path
 
+import jax
 from rich.console import Console
 
 from cycleqd_jax.cache import default_cache
-from cycleqd_jax.merging.spectral import gain_layout
 from cycleqd_jax.runs.console import main_guard
 from cycleqd_jax.runs.export import expert_coefficients
 from cycleqd_jax.runs.pedigree import draw_pedigree
@@ -21,8 +21,6 @@ from cycleqd_jax.runs.release import PastRun
 
 def main() -> None:
     """Parse the command line, print the tree, rebuild."""
-    import jax
-
     parser = argparse.ArgumentParser(
         prog="python -m cycleqd_jax.lineage", description=__doc__.split("\n\n", maxsplit=1)[0]
     )
@@ -36,14 +34,14 @@ def main() -> None:
     workspace = run.open(args.cache)
     gains = jax.tree.map(lambda leaf: leaf[0], run.rebuild(workspace, [args.id]))
     for name, share in expert_coefficients(
-        gains, workspace.basis, list(run.config.experts)
+        gains, workspace.layout, list(run.config.experts)
     ).items():
         console.print(
             f"expert {name}: coefficient {share.mean:.3f} ({share.low:.3f} to {share.high:.3f})"
         )
     console.print(
         f"rebuilt bit for bit from {len(run.family.ancestors(args.id))} ancestors: "
-        f"{gain_layout(workspace.basis).size:,} gains, digest {run.family.birth(args.id).digest}",
+        f"{workspace.layout.size:,} gains, digest {run.family.birth(args.id).digest}",
         soft_wrap=True,
     )
 

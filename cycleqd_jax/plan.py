@@ -3,9 +3,9 @@
     python -m cycleqd_jax.plan --model llama3-8b --experts 3 --rank 256 --candidates 32 --mesh 8x1
 
 Arrays are counted from the leaf table and the shardings of `cycleqd_jax.sharding`, factors in the
-weights' dtype; what programs need besides their arguments is estimated from shapes. A run of
-`experiments/evolve.py` uses one device, and while it starts it also holds the experts and factors
-in float32, which are not counted. Nothing is allocated and no device is needed.
+weights' dtype; what programs need besides their arguments is estimated from shapes. What a run of
+`experiments/evolve.py` needs besides, its ``--dry-run`` says. Nothing is allocated and no device is
+needed.
 
 Times are limits, not forecasts: bytes over the published bandwidth and operations over the
 published peak of the chip, communication left out. No program is faster.
@@ -21,7 +21,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
 
 from cycleqd_jax.chips import CHIPS, Chip
 from cycleqd_jax.merging.spectral import MatrixFactors, gain_layout, is_factors
@@ -30,7 +29,7 @@ from cycleqd_jax.models.convert import load_config
 from cycleqd_jax.models.programs import prefill_pieces
 from cycleqd_jax.models.schedule import prompt_bucket
 from cycleqd_jax.models.specs import leaf_table
-from cycleqd_jax.sharding import MODEL, POPULATION, AnyMesh, mesh_shape
+from cycleqd_jax.sharding import MODEL, POPULATION, AnyMesh, abstract_mesh, mesh_shape
 from cycleqd_jax.workload import (
     MODELS,
     Arrays,
@@ -50,7 +49,7 @@ class Plan:
         work: one generation.
         mesh: sizes of ``population`` and ``model``.
         memory: part -> bytes on one device, all that is alive at the busiest moment of breeding
-            and decoding; base and factors are counted once, however they are stacked.
+            and decoding.
         programs: "build", "prefill" and "decode" -> bytes that the program alone needs on one
             device: arguments, results and what lies between.
         bytes_read: phase -> bytes that one device reads or writes in a generation.
@@ -252,9 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             new=options.new,
             batch=options.batch,
         )
-        kinds = (AxisType.Auto, AxisType.Auto)
-        mesh = AbstractMesh(mesh_shape(options.mesh), (POPULATION, MODEL), axis_types=kinds)
-        plan = make_plan(config, mesh, work)
+        plan = make_plan(config, abstract_mesh(mesh_shape(options.mesh)), work)
     except ValueError as error:
         parser.error(str(error))
     chip = CHIPS[options.chip]

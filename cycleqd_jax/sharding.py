@@ -73,6 +73,22 @@ def make_mesh(shape: str | tuple[int, int], devices: Sequence[jax.Device] | None
     return jax.make_mesh(sizes, (POPULATION, MODEL), axis_types=kinds, devices=devices)
 
 
+def local_mesh(shape: tuple[int, int]) -> Mesh | None:
+    """The mesh of this process's devices; None is its only device, where nothing is to be placed.
+
+    Raises:
+        ValueError: the mesh has another size than this process has devices.
+    """
+    mesh = make_mesh(shape, jax.local_devices())
+    return None if mesh.size == 1 else mesh
+
+
+def abstract_mesh(shape: tuple[int, int]) -> AbstractMesh:
+    """The mesh of devices that need not be here, for plans."""
+    kinds = (AxisType.Auto, AxisType.Auto)
+    return AbstractMesh(shape, (POPULATION, MODEL), axis_types=kinds)
+
+
 def check_model(config: LlamaConfig, mesh: AnyMesh) -> None:
     """Refuse a mesh whose ``model`` axis does not divide the model.
 

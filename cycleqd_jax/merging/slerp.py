@@ -70,7 +70,7 @@ def slerp_crossover(
 
 
 def _squared_sizes(basis: SpectralBasis) -> Any:
-    def squared(x: jax.Array, axis: int) -> jax.Array:
+    def squared(x: Any, axis: int) -> jax.Array:
         return jnp.sum(jnp.square(jnp.asarray(x, jnp.float32)), axis=axis)
 
     def sizes(factors: Any) -> jax.Array:

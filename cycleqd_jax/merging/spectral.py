@@ -266,7 +266,9 @@ def materialise(base: Any, basis: SpectralBasis, gains: Any) -> Any:
 
     A stacked leaf is built layer by layer inside its result: under ``jit``, what is alive besides
     arguments and result is one layer in float32. (XLA's CPU backend has no 16-bit writes into an
-    array: there, for 16-bit weights, it is one leaf in float32.) For a population,
+    array: there, for 16-bit weights, it is one leaf in float32.) Trees with their layers apart are
+    built outside of ``jit``, a matrix at a time: one program has no bound on how many products in
+    float32 are alive. For a population,
     ``jax.vmap(materialise, in_axes=(None, None, 0))``. `compile_materialise` is the jitted form.
     """
     return jax.tree.map(lambda b, g, f: _build(None, b, g, f), base, gains, basis)
@@ -275,12 +277,22 @@ def materialise(base: Any, basis: SpectralBasis, gains: Any) -> Any:
 def _build(old: Any, base: Any, gains: Any, factors: Any) -> jax.Array:
     base = jnp.asarray(base)
     if isinstance(factors, VectorFactors):
-        return _add(base, _weighted_sum(factors.delta, gains))
+        return _build_vector(base, factors.delta, gains)
     if factors.u.shape[-1] == 0:
         return base
     if base.ndim == 2:
-        return _add(base, _weighted_outer(factors.u, factors.v, gains))
+        return _build_matrix(base, factors.u, factors.v, gains)
     return _build_layers(old, base, factors.u, factors.v, gains)
+
+
+@jax.jit  # outside jit too a leaf is one program, and no sum in float32 is left over
+def _build_vector(base: jax.Array, delta: jax.Array, gains: jax.Array) -> jax.Array:
+    return _add(base, _weighted_sum(delta, gains))
+
+
+@jax.jit
+def _build_matrix(base: jax.Array, u: jax.Array, v: jax.Array, gains: jax.Array) -> jax.Array:
+    return _add(base, _weighted_outer(u, v, gains))
 
 
 def _add(b: jax.Array, shift: jax.Array) -> jax.Array:

@@ -7,11 +7,13 @@ Layers are a tuple here, not stacked: slicing a stacked cache or stacked weights
 every step.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
@@ -56,6 +58,22 @@ def unstack_layers(params: LlamaParams) -> LlamaParams:
     count = jax.tree.leaves(params.layers)[0].shape[0]
     layers = tuple(jax.tree.map(lambda leaf, i=i: leaf[i], params.layers) for i in range(count))
     return params.replace(layers=layers)
+
+
+def stack_layers(params: LlamaParams) -> LlamaParams:
+    """What `unstack_layers` was given, as NumPy arrays: no device has to hold it twice."""
+    layers = jax.tree.map(lambda *rows: np.stack(jax.device_get(rows)), *params.layers)
+    return jax.device_get(params.replace(layers=layers))
+
+
+def rows_of_layers(params: LlamaParams, is_leaf: Callable[[Any], bool] | None = None) -> Any:
+    """Unstacked parameters by leaf: as stacked ones, with a tuple of L arrays in place of a stack.
+
+    Nothing is copied, so that one leaf at a time can be stacked or written. `is_leaf` as of
+    `jax.tree.map`, for trees whose leaves are factors or kernels.
+    """
+    rows = jax.tree.map(lambda *layers: layers, *params.layers, is_leaf=is_leaf)
+    return params.replace(layers=rows)
 
 
 def prefill(

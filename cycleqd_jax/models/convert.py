@@ -5,8 +5,9 @@ its name and file before any weight is read.
 """
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,42 @@ def check_weights(folder: str | Path) -> LlamaConfig:
 
 
 def load_model(
-    folder: str | Path, dtype: str | None = None, *, sharding: Any = None
+    folder: str | Path,
+    dtype: str | None = None,
+    *,
+    sharding: Any = None,
+    unstack: bool = False,
 ) -> tuple[LlamaConfig, LlamaParams]:
     """Read a model folder; weights keep the dtype of the file unless `dtype` is given.
 
     Each leaf goes straight to its place, a device's part at a time: besides the model, host memory
     holds one part of one leaf. `sharding` is a `jax.sharding.Sharding` for all leaves or a tree of
-    them with the structure of the parameters; None is the default device.
+    them with the structure of the parameters; None is the default device. With `unstack` the layers
+    come apart, as `cache.unstack_layers` gives them, and only one leaf is ever there twice.
 
     Raises ValueError, naming file and tensor with what was expected and found, for a folder without
     config or weights, truncated or corrupt files, missing, extra or misshapen tensors, weights that
     are not finite (in the file, or after the conversion to `dtype`), and a sharding that does not
     divide a leaf.
+    """
+    config, readers = open_model(folder, dtype, sharding=sharding)
+    if not unstack:
+        return config, jax.tree.map(lambda read: read(), readers)
+    stacks, structure = jax.tree.flatten(readers.layers)
+    rows = [_split(read, config.num_layers) for read in stacks]
+    layers = tuple(jax.tree.unflatten(structure, layer) for layer in zip(*rows, strict=True))
+    others = jax.tree.map(lambda read: read(), readers.replace(layers=None))
+    return config, others.replace(layers=layers)
+
+
+def open_model(
+    folder: str | Path, dtype: str | None = None, *, sharding: Any = None
+) -> tuple[LlamaConfig, LlamaParams]:
+    """Check a model folder but for its weights' values, which are read leaf by leaf as wanted.
+
+    Returns the config and, in place of every leaf of the parameters, a function without arguments
+    that reads it from the file to its place. Arguments and errors are those of `load_model`;
+    weights that are not finite are found where a leaf is read.
     """
     folder = Path(folder)
     config = load_config(folder)
@@ -84,13 +109,12 @@ def load_model(
     checkpoint = _open(folder, config)
     _check_tied_head(checkpoint, config)
     table = leaf_table(config)
-    places = _places(config, sharding)
-    leaves = [
-        _load_leaf(checkpoint, spec, config.num_layers, dtype, place)
-        for spec, place in zip(jax.tree.leaves(table), places, strict=True)
+    readers = [
+        partial(_load_leaf, checkpoint, spec, config.num_layers, dtype, place)
+        for spec, place in zip(jax.tree.leaves(table), _places(config, sharding), strict=True)
     ]
-    params = jax.tree.unflatten(jax.tree.structure(table), leaves)
-    return replace(config, dtype=str(params.embed.dtype)), params
+    stored = dtype or _dtype_of(config, checkpoint)
+    return replace(config, dtype=stored), jax.tree.unflatten(jax.tree.structure(table), readers)
 
 
 def save_model(
@@ -107,7 +131,8 @@ def save_model(
 
     Weights beyond `max_shard_size` bytes go to several files and an index; a tensor is never cut.
     The tokenizer is an object with `save_pretrained`, or its files, the chat template and the
-    generation config are copied from the folder `like`. Everything goes to a temporary sibling that
+    generation config are copied from the folder `like`. `params` may have its layers apart.
+    Everything goes to a temporary sibling that
     is renamed at the end, so a failure leaves nothing half-written. Raises ValueError for
     parameters that do not fit `config`, FileExistsError for a folder that is not empty unless
     `overwrite`, OSError with a plain message when the disk is full.
@@ -266,6 +291,12 @@ def _load_leaf(
     return jax.make_array_from_single_device_arrays(shape, place, [parts[d] for d in order])
 
 
+def _split(read: Callable[[], jax.Array], num_layers: int) -> list[jax.Array]:
+    """The layers of a stacked leaf, which is let go on return."""
+    stack = read()
+    return [jax.block_until_ready(stack[layer]) for layer in range(num_layers)]
+
+
 def _read_block(
     entries: list[TensorEntry], spec: LeafSpec, block: _Block, target: np.dtype
 ) -> np.ndarray:
@@ -298,8 +329,30 @@ def _check_finite(values: np.ndarray, entry: TensorEntry, row: int) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Layers:
+    """A stacked leaf as its layers."""
+
+    rows: tuple[Any, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (len(self.rows), *self.rows[0].shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.rows[0].dtype
+
+    @property
+    def size(self) -> int:
+        return sum(row.size for row in self.rows)
+
+
 def _checked_leaves(config: LlamaConfig, params: LlamaParams) -> list[tuple[LeafSpec, Any]]:
     """Pairs of spec and leaf, after a check of tree, shapes and dtypes."""
+    if isinstance(params.layers, tuple):
+        layers = jax.tree.map(lambda *rows: _Layers(rows), *params.layers)
+        params = params.replace(layers=layers)
     table = leaf_table(config)
     expected: Any = jax.tree.structure(table)
     # Kernels stay whole here: one of them in place of a leaf must be named, not flattened.
@@ -314,7 +367,7 @@ def _checked_leaves(config: LlamaConfig, params: LlamaParams) -> list[tuple[Leaf
     specs = jax.tree.leaves(table)
     for spec, (path, leaf) in zip(specs, found, strict=True):
         where = jax.tree_util.keystr(path, simple=True, separator=".")
-        if not isinstance(leaf, jax.Array | np.ndarray):
+        if not isinstance(leaf, jax.Array | np.ndarray | _Layers):
             raise ValueError(
                 f"save_model: leaf {where}: expected an array, found {type(leaf).__name__}; "
                 "materialise the candidate first"
@@ -360,8 +413,11 @@ def _write_weights(
 def _tensors(leaves: list[tuple[LeafSpec, Any]]) -> Iterator[np.ndarray]:
     """Every tensor in the orientation of the file; one leaf at a time is fetched to the host."""
     for spec, leaf in leaves:
-        whole = np.asarray(leaf)
-        for tensor in whole if spec.stacked else [whole]:
+        rows: Iterable[Any] = [leaf]
+        if spec.stacked:
+            rows = leaf.rows if isinstance(leaf, _Layers) else np.asarray(leaf)
+        for row in rows:
+            tensor = np.asarray(row)
             yield tensor.T if spec.transpose else tensor
 
 

@@ -31,6 +31,9 @@ _DEAR_SPECTRAL_SHARE = 0.4
 # A second worker pays from two batches of this many rows on.
 _ROWS_PER_WORKER = 32
 
+MAX_ROWS = 256
+"""Rows of the largest batch, of one device."""
+
 MODES = ("auto", "rows", "candidates")
 GREEDY = Sampling()
 
@@ -94,7 +97,8 @@ class Decoder:
     the small products of a decoding step leave a second core partly idle.
 
     Weights may be sharded over several devices; `placement` then splits the batches too
-    (`sharding.batch_placement`).
+    (`sharding.batch_placement`): `max_rows` are those of one part, and a batch that the parts do
+    not divide is filled up.
     """
 
     def __init__(
@@ -105,7 +109,7 @@ class Decoder:
         stop_tokens: Sequence[int],
         pad_token: int,
         max_new_tokens: int = 48,
-        max_rows: int = 256,
+        max_rows: int = MAX_ROWS,
         mode: str = "auto",
         workers: int | None = None,
         stop_strings: Sequence[str] = (),
@@ -123,6 +127,8 @@ class Decoder:
                 "Decoder: expected max_new_tokens and max_rows of at least 1, "
                 f"got {max_new_tokens} and {max_rows}"
             )
+        if workers is not None and workers < 1:
+            raise ValueError(f"Decoder: expected workers of at least 1, got {workers}")
         if mode not in MODES:
             raise ValueError(f"Decoder: expected a mode of {MODES}, got {mode!r}")
         self.config = config
@@ -131,7 +137,7 @@ class Decoder:
         self._params = None if params is None else unstack_layers(params)
         self._pad = pad_token
         self._max_new = max_new_tokens
-        self._max_rows = max_rows
+        self._max_rows = max_rows * (1 if placement is None else placement.parts)
         self._mode = mode
         # Programs over several devices must be started in one order: by one thread.
         alone = jax.default_backend() != "cpu" or placement is not None

@@ -116,18 +116,46 @@ def attach(params: Any, basis: Any, gains: Any) -> Any:
     `gains` has the structure of `params` with leaves (C, ..., R) for matrices and (C, ..., E) for
     vectors, C candidates in front; the candidate axis moves behind the layer axis, so that
     `lax.scan` over layers slices the kernels. Equals `materialise` of each candidate.
+
+    Outside of `jit` the kernels hold the arrays of `params`, and those of a basis in the weights'
+    dtype (`round_directions`), and not copies, which a jitted function would return.
+    """
+    return jax.tree.map(
+        _kernel, params, round_directions(basis, params), _own(params, basis, gains)
+    )
+
+
+def round_directions(basis: Any, params: Any) -> Any:
+    """The basis with its directions in the dtype of the weights, in which products run.
+
+    They are stored in float32; of float32 weights the arrays are the same.
     """
 
-    def leaf(base: Any, factors: Any, gain: Any) -> Any:
+    def leaf(base: Any, factors: Any) -> Any:
+        if not isinstance(factors, MatrixFactors) or factors.u.dtype == base.dtype:
+            return factors
+        return factors.replace(u=factors.u.astype(base.dtype), v=factors.v.astype(base.dtype))
+
+    return jax.tree.map(leaf, params, basis)
+
+
+def _kernel(base: Any, factors: Any, own: Array) -> Any:
+    if isinstance(factors, MatrixFactors):
+        return SpectralKernel(base=base, u=factors.u, v=factors.v, gain=own)
+    return CandidateVector(values=own)
+
+
+@jax.jit
+def _own(params: Any, basis: Any, gains: Any) -> Any:
+    """What is the candidates' own: gains of matrices (..., C, R), values of vectors (..., C, d)."""
+
+    def leaf(base: Any, factors: Any, gain: Any) -> Array:
+        candidates = jnp.moveaxis(gain, 0, -2)
         if isinstance(factors, MatrixFactors):
-            candidates = jnp.moveaxis(gain, 0, -2)
-            # The directions are stored in float32; the product runs in the weights' dtype.
-            u, v = factors.u.astype(base.dtype), factors.v.astype(base.dtype)
-            return SpectralKernel(base=base, u=u, v=v, gain=candidates)
+            return candidates
         if isinstance(factors, VectorFactors):
-            shift = jnp.moveaxis(gain, 0, -2) @ factors.delta
-            values = base[..., None, :].astype(jnp.float32) + shift
-            return CandidateVector(values=values.astype(base.dtype))
+            shift = candidates @ factors.delta
+            return (base[..., None, :].astype(jnp.float32) + shift).astype(base.dtype)
         raise ValueError(
             "attach expects a basis of MatrixFactors and VectorFactors, "
             f"got {type(factors).__name__}"

@@ -65,6 +65,9 @@ class Scorer:
             worse (0.66 of the rate of "rows" at 160 requests of 8 candidates).
         max_tokens: tokens of a batch, all candidates together (default: by the kind of device).
         workers: batches that run at the same time (default: one a core on a CPU, else one).
+
+    Raises:
+        ValueError: no such mode, or a number below 1.
     """
 
     def __init__(
@@ -77,6 +80,9 @@ class Scorer:
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"Scorer: expected a mode of {MODES}, found {mode!r}")
+        for name, value in (("max_tokens", max_tokens), ("workers", workers)):
+            if value is not None and value < 1:
+                raise ValueError(f"Scorer: expected {name} of at least 1, found {value}")
         cpu = jax.default_backend() == "cpu"
         self.config = config
         self.traces = 0
@@ -149,7 +155,8 @@ class Scorer:
             return result
 
         # A new shape is compiled by this thread, so that no two threads compile the same.
-        weights = jax.tree.structure(params), tuple(x.shape for x in jax.tree.leaves(params))
+        leaves, structure = jax.tree.flatten(params)
+        weights = structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
         results: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         for i, batch in enumerate(batches):
             kind = (*weights, batch.owner.shape, batch.packed.tokens.shape)

@@ -90,7 +90,10 @@ class Placement:
 
 
 class Programs:
-    """Compiles each program once per shape, however many threads ask; `traces` counts them."""
+    """Compiles each program once per shape, however many threads ask; `traces` counts them.
+
+    `parts` is how many devices a batch is split over.
+    """
 
     def __init__(
         self,
@@ -99,7 +102,7 @@ class Programs:
         placement: Placement | None = None,
     ) -> None:
         self._config = config
-        self._parts = 1 if placement is None else placement.parts
+        self.parts = 1 if placement is None else placement.parts
         self._put = (lambda tree: tree) if placement is None else placement.put
         self._is_stop = jnp.zeros(config.vocab_size, bool).at[jnp.array(stop_tokens, int)].set(True)
         self._lock = threading.Lock()
@@ -152,7 +155,7 @@ class Programs:
         """The first token of every row, the state and the cache after its prompt."""
         batch, width = prompts.tokens.shape
         prompts = self._put(prompts)
-        parts = 1 if batch % self._parts else self._parts
+        parts = 1 if batch % self.parts else self.parts
         pieces = 1 if kernels.is_stacked(weights) else prefill_pieces(batch // parts, width)
 
         def piece(part: Prompts) -> tuple[Array, KVCache]:

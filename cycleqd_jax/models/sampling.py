@@ -15,6 +15,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 _ARGMAX_BLOCK = 32
+# Quotients of logits by less overflow float32 sooner or later; by this much none is drawn but the
+# likeliest either way.
+_COLDEST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -22,12 +25,12 @@ class Sampling:
     """How tokens are chosen.
 
     Attributes:
-        temperature: logits are divided by it; 0 is greedy decoding.
+        temperature: logits are divided by it, at least 1e-6; 0 is greedy decoding.
         top_k: only the k likeliest tokens; 0 for all.
         top_p: then only the likeliest that hold at least this share of the probability.
 
     Raises:
-        ValueError: a negative temperature or top_k, or a top_p outside (0, 1].
+        ValueError: a negative or tiny temperature, a negative top_k, or a top_p outside (0, 1].
     """
 
     temperature: float | int = 0.0
@@ -37,6 +40,11 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature >= 0.0:
             raise ValueError(f"temperature: expected at least 0, found {self.temperature}")
+        if 0.0 < self.temperature < _COLDEST:
+            raise ValueError(
+                f"temperature: expected 0 or at least {_COLDEST:g}, found {self.temperature:g}: "
+                "use 0, which is greedy decoding"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k: expected at least 0 (0 for no limit), found {self.top_k}")
         if not 0.0 < self.top_p <= 1.0:

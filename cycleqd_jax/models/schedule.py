@@ -16,15 +16,19 @@ _PREFIX_UNIT = 32
 _PREFIX_DEPTH = 8
 
 
-def row_buckets(most: int) -> tuple[int, ...]:
-    """Batch sizes up to `most`: powers of two, and their sums in pairs where that is much."""
+def row_buckets(most: int, parts: int = 1) -> tuple[int, ...]:
+    """Batch sizes up to `most`: powers of two, and their sums in pairs where that is much.
+
+    All are rounded up to multiples of `parts`, the number of devices that a batch is split over.
+    """
     sizes = [_SMALLEST_BATCH]
     while sizes[-1] < most:
         last = sizes[-1]
         power = last & (last - 1) == 0
         half = power and last >= _HALF_STEPS_FROM
         sizes.append(last * 3 // 2 if half else 1 << last.bit_length())
-    return (*(size for size in sizes if size < most), most)
+    rounded = (round_up(size, parts) for size in (*(s for s in sizes if s < most), most))
+    return tuple(sorted(set(rounded)))
 
 
 def bucket(count: int, buckets: Sequence[int]) -> int:
@@ -34,12 +38,12 @@ def bucket(count: int, buckets: Sequence[int]) -> int:
 
 def prompt_bucket(length: int) -> int:
     """Width of a prefill: steps of 16, of a quarter of a power of two from 128 on."""
-    return _round_up(length, _step(length, _PROMPT_UNIT))
+    return round_up(length, _step(length, _PROMPT_UNIT))
 
 
 def slot_bucket(slots: int) -> int:
     """Slots of a cache: steps of 32, of a quarter of a power of two from 256 on."""
-    return _round_up(slots, _step(slots, _SLOT_UNIT))
+    return round_up(slots, _step(slots, _SLOT_UNIT))
 
 
 def prefix_bucket(length: int) -> int:
@@ -129,5 +133,6 @@ def _step(value: int, least: int) -> int:
     return max(least, 1 << max(0, (value - 1).bit_length() - 3))
 
 
-def _round_up(value: int, unit: int) -> int:
+def round_up(value: int, unit: int) -> int:
+    """The smallest multiple of `unit` that is at least `value`."""
     return -(-value // unit) * unit

@@ -15,6 +15,7 @@ from cycleqd_jax.models.schedule import (
     SlotTable,
     bucket,
     prompt_bucket,
+    round_up,
     row_buckets,
     shared_prefixes,
     slot_bucket,
@@ -85,7 +86,9 @@ class Stream:
         # Places are in as many equal groups as there are stacked candidates, otherwise in one.
         stacked = kernels.is_stacked(weights)
         self._groups = (kernels.num_candidates(weights) or 1) if stacked else 1
-        self._buckets = row_buckets(max(1, max_rows // self._groups))
+        # Stacked candidates are split over devices themselves, whatever the size of their groups.
+        self._parts = 1 if stacked else programs.parts
+        self._buckets = row_buckets(max(1, max_rows // self._groups), self._parts)
         self._waiting: list[deque[Request]] = [deque() for _ in range(self._groups)]
         self._prefixes: dict[tuple[int, ...], _Prefix] = {}
         self._places: list[Request | None] = []
@@ -151,11 +154,11 @@ class Stream:
             # Nothing has to be kept: the next rows begin a batch of their own.
             self._places, self._state, self._cache = [], None, None
             return self._enter(wanted) if waiting else []
-        smallest = max(1, _SMALLEST_REPACK // self._groups)
+        smallest = round_up(max(1, _SMALLEST_REPACK // self._groups), self._parts)
         if (waiting and wanted > size) or (not waiting and max(wanted, smallest) < size):
             size = max(wanted, min(size, smallest))
             self._resize(size)
-        entering = max(1, size // _ENTERING_SHARE)
+        entering = round_up(max(1, size // _ENTERING_SHARE), self._parts)
         finished: list[Answer] = []
         while (waiting := max(map(len, self._waiting))) and self._spare() >= min(waiting, entering):
             finished += self._enter(entering)

@@ -15,21 +15,19 @@ emitter (Fontaine et al., GECCO 2020); the authors rank by the scores of the chi
 `cycleqd_jax.qd.adaptation` says how candidates are ranked and when the search begins anew.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
-from jaxtyping import Array, Float, Int, UInt32
+from jaxtyping import Array, Float, Int
 from qdax.core.emitters.repertoire_selectors.selector import Selector
 
 from cycleqd_jax.qd.adaptation import ControlSettings, ControlState, begin, learn, turns
-from cycleqd_jax.qd.emitter import CycleQDEmitter, Offspring, mate, split_batch
+from cycleqd_jax.qd.emitter import CycleQDEmitter
 from cycleqd_jax.qd.parametric import Parameter, Parametric, squash
 from cycleqd_jax.qd.schedule import Schedule, cycle_per_generation
-from cycleqd_jax.qd.selection import draw_parents
 from cycleqd_jax.qd.tessellation import Tessellation, bounds
 
 
@@ -61,83 +59,39 @@ def parent_features(
     return jnp.concatenate([found, jnp.ones((batch, 1), jnp.float32)], axis=1)
 
 
-@partial(jax.jit, static_argnames=("selector", "schedule", "experts", "batch_size", "sharding"))
-def breed_controlled(
+def choose_values(
     repertoire: Any,
     state: ControlState,
-    key: jax.Array,
+    parents: Int[Array, "batch 2"],
+    archive: Int[Array, " batch"],
     crossover: Parametric,
     mutation: Parametric,
-    *,
-    selector: Selector,
-    schedule: Schedule,
-    experts: tuple[int, ...],
-    batch_size: int,
-    sharding: Sharding | None = None,
-) -> tuple[Offspring, Float[Array, "batch parameters"]]:
-    """One batch of children whose parameters the archives' candidates choose.
+) -> Float[Array, "batch parameters"]:
+    """Values of the operators' parameters that the archives' candidates choose.
 
-    As `cycleqd_jax.qd.emitter.breed`, with the parameters' values (B, P), the crossover's first.
+    Args:
+        repertoire: archives with cells, where the parents are.
+        state: of the search, whose candidates take turns.
+        parents: (B, 2) pool indices.
+        archive: (B,) archive each child is bred in.
+        crossover: its parameters come first.
+        mutation: its parameters come last.
     """
-    archive = schedule(state.generation, batch_size, repertoire.num_archives)
-    archive = split_batch(archive, sharding)
-    keys = split_batch(jax.random.split(key, (batch_size, 3)), sharding)
-    parents = draw_parents(selector, repertoire, keys[:, 0], archive)
     features = parent_features(repertoire.tessellation, repertoire.scores[parents], archive)
     maps = state.candidates[archive, turns(state.children, archive)]
     outputs = jnp.einsum(
         "bf,bfp->bp",
         features,
-        maps.reshape(batch_size, features.shape[1], -1),
+        maps.reshape(*features.shape, -1),
         precision=jax.lax.Precision.HIGHEST,
     )
-    values = squash(outputs, crossover.parameters + mutation.parameters)
-    pairs = repertoire.gather(parents[:, 0]), repertoire.gather(parents[:, 1])
-    genotypes = _mate(*pairs, archive, keys[:, 1:], values, crossover, mutation, experts)
-    children = Offspring(
-        genotypes=split_batch(genotypes, sharding),
-        parents=parents,
-        archive=archive,
-        keys=jax.random.key_data(keys[:, 1:]),
-    )
-    return children, values
-
-
-@partial(jax.jit, static_argnames="experts")
-def breed_controlled_again(
-    first: Any,
-    second: Any,
-    archive: Int[Array, " batch"],
-    keys: UInt32[Array, "batch 2 words"],
-    values: Float[Array, "batch parameters"],
-    crossover: Parametric,
-    mutation: Parametric,
-    *,
-    experts: tuple[int, ...],
-) -> Any:
-    """Children of a former batch from their recipes; see `ControlledEmitter.recreate`."""
-    drawn = jax.random.wrap_key_data(keys)
-    return _mate(first, second, archive, drawn, values, crossover, mutation, experts)
-
-
-def _mate(
-    first: Any,
-    second: Any,
-    archive: jax.Array,
-    keys: jax.Array,
-    values: Float[Array, "batch parameters"],
-    crossover: Parametric,
-    mutation: Parametric,
-    experts: tuple[int, ...],
-) -> Any:
-    ours = len(crossover.parameters)
-    cross = partial(jax.vmap(crossover), values[:, :ours])
-    mutate = partial(jax.vmap(mutation), values[:, ours:])
-    return mate(first, second, archive, keys, cross, mutate, experts)
+    return squash(outputs, crossover.parameters + mutation.parameters)
 
 
 class ControlledEmitter(CycleQDEmitter):
     """QDax emitter of CycleQD whose operators' parameters each archive learns by CMA-ES."""
+
+    _choose_values = staticmethod(choose_values)
 
     def __init__(
         self,
@@ -217,47 +171,6 @@ class ControlledEmitter(CycleQDEmitter):
         features = 2 * (repertoire.num_archives - 1) + 1
         size = features * len(self._parameters)
         return begin(self._settings, size, key, repertoire.scores, repertoire.cells)
-
-    def emit(
-        self, repertoire: Any, emitter_state: Any, key: jax.Array
-    ) -> tuple[Any, dict[str, Any]]:
-        """Breed a batch.
-
-        Returns:
-            As `CycleQDEmitter.emit`, with ``"parameters": (B, P)``, the values each child was bred
-            with.
-        """
-        children, values = breed_controlled(
-            repertoire,
-            emitter_state,
-            key,
-            self._crossover,
-            self._mutation,
-            selector=self._selector,
-            schedule=self._schedule,
-            experts=self._experts,
-            batch_size=self._batch_size,
-            sharding=self._sharding,
-        )
-        return children.genotypes, {
-            "parents": children.parents,
-            "archive": children.archive,
-            "keys": children.keys,
-            "parameters": values,
-        }
-
-    def recreate(self, first: Any, second: Any, info: Mapping[str, Any]) -> Any:
-        """As `CycleQDEmitter.recreate`; ``info`` has the children's ``"parameters"`` (B, P) too."""
-        return breed_controlled_again(
-            first,
-            second,
-            info["archive"],
-            info["keys"],
-            info["parameters"],
-            self._crossover,
-            self._mutation,
-            experts=self._experts,
-        )
 
     def state_update(  # QDax's signature
         self,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import struct
 from jax.sharding import Sharding
 from jax.tree_util import Partial, all_leaves
-from jaxtyping import Array, Int, Key, UInt32
+from jaxtyping import Array, Float, Int, Key, UInt32
 from qdax.core.emitters.emitter import Emitter, EmitterState
 from qdax.core.emitters.repertoire_selectors.selector import Selector
 
@@ -43,13 +43,16 @@ class Offspring(struct.PyTreeNode):
             elite later.
         archive: (B,) int32, the archive each child was bred in.
         keys: (B, 2, words) uint32, data of the random keys of crossover and mutation. With the
-            parents' genotypes and the archive they are the whole recipe of a child.
+            parents' genotypes, the archive and the parameters they are the whole recipe of a child.
+        parameters: (B, P) float32, values of the operators' parameters, the crossover's first; None
+            where none is chosen.
     """
 
     genotypes: Any
     parents: Any
     archive: Any
     keys: Any
+    parameters: Any = None
 
 
 def as_pytree(operator: Callable[..., Any]) -> Any:
@@ -71,10 +74,13 @@ def _check_shards(sharding: Sharding, batch_size: int) -> None:
         ) from error
 
 
-@partial(jax.jit, static_argnames=("selector", "schedule", "experts", "batch_size", "sharding"))
+@partial(
+    jax.jit,
+    static_argnames=("selector", "schedule", "experts", "batch_size", "sharding", "choose_values"),
+)
 def breed(
     repertoire: PooledRepertoire,
-    generation: Int[Array, ""],
+    state: Any,
     key: jax.Array,
     crossover: Any,
     mutation: Any,
@@ -84,6 +90,7 @@ def breed(
     experts: tuple[int, ...],
     batch_size: int,
     sharding: Sharding | None = None,
+    choose_values: Callable[..., Any] | None = None,
 ) -> Offspring:
     """One batch of children.
 
@@ -91,7 +98,7 @@ def breed(
 
     Args:
         repertoire: where parents come from.
-        generation: counter for the schedule.
+        state: the emitter's, whose ``generation`` is the counter for the schedule.
         key: random key.
         crossover: pytree callable, see ``cycleqd_jax.merging.crossover``.
         mutation: pytree callable, see ``cycleqd_jax.merging.mutation``.
@@ -100,18 +107,24 @@ def breed(
         experts: expert whose directions a child of archive k is mutated along, one an archive.
         batch_size: number of children B.
         sharding: how the children's leading axis is split over devices.
+        choose_values: ``(repertoire, state, parents, archive, crossover, mutation) -> (B, P)``, the
+            values of the operators' parameters, for operators that take such (`qd.parametric`).
     """
-    archive = split_batch(schedule(generation, batch_size, repertoire.num_archives), sharding)
+    archive = schedule(state.generation, batch_size, repertoire.num_archives)
+    archive = split_batch(archive, sharding)
     keys = split_batch(jax.random.split(key, (batch_size, 3)), sharding)
     parents = draw_parents(selector, repertoire, keys[:, 0], archive)
-    cross, mutate = jax.vmap(crossover), jax.vmap(mutation)
+    values = None
+    if choose_values is not None:
+        values = choose_values(repertoire, state, parents, archive, crossover, mutation)
     pairs = repertoire.gather(parents[:, 0]), repertoire.gather(parents[:, 1])
-    children = mate(*pairs, archive, keys[:, 1:], cross, mutate, experts)
+    children = mate(*pairs, archive, keys[:, 1:], values, crossover, mutation, experts)
     return Offspring(
         genotypes=split_batch(children, sharding),
         parents=parents,
         archive=archive,
         keys=jax.random.key_data(keys[:, 1:]),
+        parameters=values,
     )
 
 
@@ -121,14 +134,15 @@ def breed_again(
     second: Any,
     archive: Int[Array, " batch"],
     keys: UInt32[Array, "batch 2 words"],
+    values: Float[Array, "batch parameters"] | None,
     crossover: Any,
     mutation: Any,
     *,
     experts: tuple[int, ...],
 ) -> Any:
     """Children of a former batch from their recipes; see `CycleQDEmitter.recreate`."""
-    cross, mutate = jax.vmap(crossover), jax.vmap(mutation)
-    return mate(first, second, archive, jax.random.wrap_key_data(keys), cross, mutate, experts)
+    drawn = jax.random.wrap_key_data(keys)
+    return mate(first, second, archive, drawn, values, crossover, mutation, experts)
 
 
 def split_batch(x: Any, sharding: Sharding | None) -> Any:
@@ -141,8 +155,9 @@ def mate(
     second: Any,
     archive: Int[Array, " batch"],
     keys: Key[Array, "batch 2"],
-    cross: Callable[..., Any],
-    mutate: Callable[..., Any],
+    values: Float[Array, "batch parameters"] | None,
+    crossover: Any,
+    mutation: Any,
     experts: tuple[int, ...],
 ) -> Any:
     """Genotypes of the children of chosen parents.
@@ -152,16 +167,24 @@ def mate(
         second: genotypes of the second parents.
         archive: archive each child is bred in.
         keys: two a child, for crossover and mutation.
-        cross: ``(keys, first parents, second parents) -> children``, whole batches.
-        mutate: ``(keys, children, experts) -> children``, whole batches.
-        experts: as for `breed`.
+        values: of the operators' parameters, the crossover's first; None if they take none.
+        crossover: as for `breed`, likewise the next.
+        mutation: pytree callable.
+        experts: expert of every archive.
     """
+    cross, mutate = jax.vmap(crossover), jax.vmap(mutation)
+    if values is not None:
+        ours = len(crossover.parameters)
+        cross, mutate = partial(cross, values[:, :ours]), partial(mutate, values[:, ours:])
     children = cross(keys[:, 0], first, second)
     return mutate(keys[:, 1], children, jnp.asarray(experts, jnp.int32)[archive])
 
 
 class CycleQDEmitter(Emitter):
     """QDax emitter of CycleQD (Kuroki et al., ICLR 2025, arXiv 2410.14735)."""
+
+    _choose_values: Callable[..., Any] | None = None
+    """As for `breed`; an emitter that chooses the operators' parameters has one."""
 
     def __init__(
         self,
@@ -240,11 +263,11 @@ class CycleQDEmitter(Emitter):
 
         Returns:
             Children, leaves (B, ...), and ``{"parents": (B, 2), "archive": (B,), "keys":
-            (B, 2, words)}`` as in `Offspring`.
+            (B, 2, words)}`` as in `Offspring`; with ``"parameters": (B, P)`` where they are chosen.
         """
         children = breed(
             repertoire,
-            emitter_state.generation,
+            emitter_state,
             key,
             self._crossover,
             self._mutation,
@@ -253,12 +276,16 @@ class CycleQDEmitter(Emitter):
             experts=self._experts,
             batch_size=self._batch_size,
             sharding=self._sharding,
+            choose_values=self._choose_values,
         )
-        return children.genotypes, {
+        info = {
             "parents": children.parents,
             "archive": children.archive,
             "keys": children.keys,
         }
+        if children.parameters is not None:
+            info["parameters"] = children.parameters
+        return children.genotypes, info
 
     def recreate(self, first: Any, second: Any, info: Mapping[str, Any]) -> Any:
         """Children made earlier, bit for bit, whatever became of archives and pool.
@@ -266,14 +293,16 @@ class CycleQDEmitter(Emitter):
         Args:
             first: genotypes of the first parents, leaves (B, ...).
             second: genotypes of the second parents.
-            info: what `emit` said of the children: ``"archive"`` (B,) and ``"keys"`` (B, 2,
-                words). They may be of several batches.
+            info: what `emit` said of the children: ``"archive"`` (B,), ``"keys"`` (B, 2, words) and
+                ``"parameters"`` (B, P) where they are chosen. They may be of several batches.
         """
+        values = None if self._choose_values is None else info["parameters"]
         return breed_again(
             first,
             second,
             info["archive"],
             info["keys"],
+            values,
             self._crossover,
             self._mutation,
             experts=self._experts,

@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from cycleqd_jax.atomic import NoSpaceError, atomic_file
 from cycleqd_jax.merging.decomposition import DecompositionReport
 from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors, is_factors
 from cycleqd_jax.merging.task_vector import leaf_paths
-from cycleqd_jax.runs.files import NoSpaceError, atomic_file
 
 FORMAT = 1
 """Raise it when a decomposition of equal settings means something else than before."""
@@ -44,6 +43,8 @@ def cached_decomposition(
     say: Callable[[str], None] | None = None,
 ) -> Decomposition:
     """The decomposition of these checkpoints, from disk where it is there and whole.
+
+    What comes from disk is NumPy arrays.
 
     A damaged entry is reported, made again and replaced. An entry that cannot be kept (no space, no
     permission) costs a line and nothing else.
@@ -155,10 +156,11 @@ def write_basis(path: Path, basis: Any, report: DecompositionReport) -> None:
 
 
 def read_basis(path: Path, roles: Any) -> Decomposition:
-    """Read back what `write_basis` wrote; ``roles`` as for `cached_decomposition`.
+    """Read back what `write_basis` wrote, as NumPy arrays; ``roles`` as of `cached_decomposition`.
 
     Raises:
-        ValueError, OSError, SafetensorError: it is not what was written.
+        ValueError: it is not what was written, or was written for other parameters.
+        OSError, SafetensorError: it cannot be read at all.
     """
     with safe_open(path, framework="np") as file:
         metadata = file.metadata() or {}
@@ -170,13 +172,18 @@ def read_basis(path: Path, roles: Any) -> Decomposition:
     ranks = {name: tuple(blocks) for name, blocks in json.loads(ranks_text).items()}
     treedef: Any = jax.tree.structure(roles)
     nodes: list[Any] = []
-    for name, role in zip(leaf_paths(roles), jax.tree.leaves(roles), strict=True):
-        if role == "vector":
-            nodes.append(VectorFactors(delta=jnp.asarray(arrays.pop(f"{name}.delta"))))
-            continue
-        u, v = (jnp.asarray(arrays.pop(f"{name}.{field}")) for field in ("u", "v"))
-        nodes.append(MatrixFactors(u=u, v=v, ranks=ranks[name]))
-    errors = {name: arrays[f"{name}.error"] for name in ranks}
+    try:
+        for name, role in zip(leaf_paths(roles), jax.tree.leaves(roles), strict=True):
+            if role == "vector":
+                nodes.append(VectorFactors(delta=arrays.pop(f"{name}.delta")))
+                continue
+            u, v = (arrays.pop(f"{name}.{field}") for field in ("u", "v"))
+            nodes.append(MatrixFactors(u=u, v=v, ranks=ranks[name]))
+        errors = {name: arrays[f"{name}.error"] for name in ranks}
+    except KeyError as error:
+        raise ValueError(
+            f"expected the entry {error}, found none: it belongs to other parameters"
+        ) from error
     return treedef.unflatten(nodes), DecompositionReport(ranks=ranks, error=errors)
 
 

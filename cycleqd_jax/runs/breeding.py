@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cycleqd_jax.merging.spectral import expert_gains, gain_layout
+from cycleqd_jax.merging.spectral import expert_gains
+from cycleqd_jax.models.cache import stack_layers
 from cycleqd_jax.qd.emitter import CycleQDEmitter
 from cycleqd_jax.runs.workspace import Workspace
 
@@ -16,7 +17,7 @@ from cycleqd_jax.runs.workspace import Workspace
 def first_parents(workspace: Workspace) -> Any:
     """The experts' gains, leaves (E, ...) in the order of the config."""
     number = jnp.arange(len(workspace.config.experts), dtype=jnp.int32)
-    return jax.vmap(partial(expert_gains, gain_layout(workspace.basis)))(number)
+    return jax.vmap(partial(expert_gains, workspace.layout))(number)
 
 
 def make_emitter(workspace: Workspace, expert_scores: np.ndarray) -> CycleQDEmitter:
@@ -27,8 +28,10 @@ def make_emitter(workspace: Workspace, expert_scores: np.ndarray) -> CycleQDEmit
         expert_scores: (E, K) of the experts on the search problems.
     """
     config = workspace.config
+    # Only this one asks for more than shapes: the sizes of the directions, which it computes here.
+    arrays = config.preset.crossover == "slerp"
     return config.preset.build_emitter(
-        workspace.basis,
+        stack_layers(workspace.basis) if arrays else workspace.layout,
         config.children,
         len(config.tasks),
         expert_of_archive=experts_of_tasks(list(config.experts), config.tasks, expert_scores),

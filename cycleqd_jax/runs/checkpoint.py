@@ -20,13 +20,8 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from cycleqd_jax.runs.files import (
-    explain_no_space,
-    from_json,
-    read_json,
-    to_json,
-    write_json_atomic,
-)
+from cycleqd_jax.atomic import explain_no_space
+from cycleqd_jax.runs.files import from_json, read_json, to_json, write_json_atomic
 from cycleqd_jax.runs.leaves import (
     leaf_index,
     mismatches,

@@ -43,6 +43,10 @@ class Command:
         data: folder with the files of public benchmarks; by default ``$CYCLEQD_DATA``.
         db: ``mysql://USER:PASSWORD@HOST:PORT`` of a MySQL or MariaDB server for database problems;
             by default ``$CYCLEQD_DB``, or else SQLite in the sandbox.
+        mesh: devices as POPULATIONxMODEL, such as 8x1 or 4x2: candidates are split over the first
+            axis, weights over the second. By default all devices of this process, as Nx1 where a
+            run then fits each of them, with a longer second axis where not. It does not change
+            what is found.
         transcripts: write every episode to ``OUT/transcripts``.
         dry_run: check everything, print the plan and stop; nothing is written to ``OUT``.
         architecture: a model of ``python -m cycleqd_jax.plan`` that a dry run plans with while the
@@ -61,6 +65,7 @@ class Command:
     cache: Path = field(default_factory=default_cache)
     data: Path | None = None
     db: str | None = None
+    mesh: str | None = None
     transcripts: bool = False
     dry_run: bool = False
     architecture: str | None = None

@@ -5,13 +5,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from rich.table import Table
 
-from cycleqd_jax.merging.comparison import compare_task_vectors, spectral_similarity, total
-from cycleqd_jax.merging.spectral import gain_layout
+from cycleqd_jax.merging.comparison import (
+    LeafComparison,
+    compare_task_vectors,
+    spectral_similarity,
+    total,
+)
+from cycleqd_jax.merging.spectral import is_factors
+from cycleqd_jax.models.cache import rows_of_layers
 from cycleqd_jax.models.lora import is_adapter
-from cycleqd_jax.models.specs import roles
+from cycleqd_jax.runs.stored import StoredLeaf
 from cycleqd_jax.runs.workspace import Workspace
 
 
@@ -23,16 +31,17 @@ def compatibility_report(workspace: Workspace) -> dict[str, Any]:
     `compare_task_vectors` and `spectral_similarity` for the figures of a pair. NaN stands where an
     expert did not change a matrix.
     """
-    names = list(workspace.experts)
+    names = list(workspace.config.experts)
     pairs = list(itertools.combinations(range(len(names)), 2))
-    compared = compare_task_vectors(
-        workspace.base, list(workspace.experts.values()), roles(workspace.architecture)
-    )
-    spectra = spectral_similarity(workspace.basis)
+    compared: dict[str, LeafComparison] = {}
+    spectra: dict[str, np.ndarray] = {}
+    for leaf, factors in zip(workspace.stored.leaves(), _factors(workspace.basis), strict=True):
+        compared |= _compare(leaf)
+        spectra |= spectral_similarity({leaf.path: _stacked(factors)})
     energy = workspace.report.energy
     whole = total(compared)
     ranks = [
-        [leaf.ranks[e] for leaf in gain_layout(workspace.basis).leaves if leaf.role == "matrix"]
+        [leaf.ranks[e] for leaf in workspace.layout.leaves if leaf.role == "matrix"]
         for e in range(len(names))
     ]
     experts = {}
@@ -105,6 +114,29 @@ def compatibility_tables(report: Mapping[str, Any]) -> tuple[Table, Table]:
         figures = (row["cosine"], row["sign_agreement"], row["spectral_similarity"])
         pairs.add_row(" and ".join(row["experts"]), *(f"{float(x):.3f}" for x in figures))
     return experts, pairs
+
+
+def _compare(leaf: StoredLeaf) -> dict[str, LeafComparison]:
+    """One leaf of all experts; it is in memory until this returns."""
+    base = leaf.base()
+    # An adapter changes no vector.
+    experts = [
+        {leaf.path: base if adapter and leaf.role == "vector" else read()}
+        for adapter, read in zip(leaf.adapters, leaf.experts, strict=True)
+    ]
+    return compare_task_vectors({leaf.path: base}, experts, {leaf.path: leaf.role})
+
+
+def _factors(basis: Any) -> list[Any]:
+    """A basis by leaf: factors, or those of every layer."""
+    rows = rows_of_layers(basis, is_factors)
+    return jax.tree.leaves(rows, is_leaf=lambda node: is_factors(node) or isinstance(node, tuple))
+
+
+def _stacked(factors: Any) -> Any:
+    if not isinstance(factors, tuple):
+        return factors
+    return jax.tree.map(lambda *rows: jnp.stack(rows), *factors)
 
 
 def _of_pairs(values: np.ndarray, pairs: Sequence[tuple[int, int]]) -> np.ndarray:

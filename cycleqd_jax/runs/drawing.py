@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from cycleqd_jax.runs.files import atomic_file
+from cycleqd_jax.atomic import atomic_file
 
 Numbers = Any
 """Numbers in a row or table: lists, tuples, NumPy or JAX arrays."""

@@ -12,7 +12,6 @@ import jax
 import numpy as np
 from rich.console import Console
 
-from cycleqd_jax.merging.spectral import gain_layout, materialise
 from cycleqd_jax.progress import Progress
 from cycleqd_jax.runs.compatibility import compatibility_report, compatibility_tables
 from cycleqd_jax.runs.config import RunConfig
@@ -24,6 +23,7 @@ from cycleqd_jax.runs.folder import RunFolder
 from cycleqd_jax.runs.hosts import ALONE, Hosts
 from cycleqd_jax.runs.lineage import FamilyTree, read_births
 from cycleqd_jax.runs.monitor import Monitor, draw_run
+from cycleqd_jax.runs.needs import default_mesh
 from cycleqd_jax.runs.parents import check_parents, record_parents
 from cycleqd_jax.runs.rebuild import digests
 from cycleqd_jax.runs.release import make_card
@@ -33,6 +33,7 @@ from cycleqd_jax.runs.watch import Watch
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import open_sandbox
 from cycleqd_jax.sandbox.memo import MemoSandbox
+from cycleqd_jax.sharding import local_mesh
 from cycleqd_jax.tasks.benchmark import sandbox_limits
 
 
@@ -54,6 +55,7 @@ def evolve(
     config: RunConfig,
     out: Path,
     *,
+    mesh: tuple[int, int] | None = None,
     train_seconds: float = 0.0,
     transcripts: bool = False,
     watch: Watch | None = None,
@@ -70,6 +72,8 @@ def evolve(
     Args:
         config: what to run.
         out: the run's folder, new or of the same config.
+        mesh: sizes of ``population`` and ``model``, all devices of this process together; by
+            default as `default_mesh` chooses.
         train_seconds: what making the experts took, for the summary.
         transcripts: write what happened in every episode to ``out/transcripts``.
         watch: what is shown and logged while it runs; by default what `Watch` says.
@@ -94,7 +98,10 @@ def evolve(
             return done
         hosts.agree(_settings(config), "settings", "start the same command on all of them")
         clock = Clock()
-        workspace = open_workspace(config, cache)
+        shape = mesh or default_mesh(config)
+        if shape != (1, 1):
+            console.print(f"devices: {shape[0]}x{shape[1]} (population x model)")
+        workspace = open_workspace(config, cache, local_mesh(shape))
         _agree_on_models(hosts, workspace)
         if folder is not None:
             if not folder.parents_file.exists():
@@ -102,7 +109,7 @@ def evolve(
             check_parents(folder.parents_file, workspace.folders, workspace.digests)
             _report_compatibility(console, workspace, folder)
             console.print(
-                f"basis: rank {_ranks(workspace)} of each of {len(workspace.experts)} experts, "
+                f"basis: rank {_ranks(workspace)} of each of {len(config.experts)} experts, "
                 f"retained energy {workspace.report.mean():.4f} "
                 f"(lowest {workspace.report.minimum():.4f})"
             )
@@ -207,14 +214,9 @@ def _test(
         "cycleqd/best": finals.best,
         "cycleqd/aggregate": finals.aggregate,
     }
-    build = jax.jit(materialise)
-
-    def made(choice: Choice) -> Any:
-        return build(workspace.base, workspace.basis, choice.gains)
-
     models: dict[str, Callable[[], Any]] = {"base": lambda: workspace.base}
-    models |= {f"expert/{e}": partial(workspace.expert_params, e) for e in workspace.experts}
-    models |= {name: partial(made, choice) for name, choice in chosen.items()}
+    models |= {f"expert/{e}": partial(workspace.expert_params, e) for e in workspace.config.experts}
+    models |= {name: partial(workspace.model, choice.gains) for name, choice in chosen.items()}
     scores, noise = {}, {}
     with Progress("test", len(models)) as progress:
         for name, make in models.items():
@@ -229,6 +231,7 @@ def _test(
                 like = Path(workspace.config.base)
                 target = folder.best if name == "cycleqd/best" else folder.aggregate
                 export_model(target, workspace.architecture, params, like=like, card=card)
+            del params  # before the next one is built
             progress.advance(note=f"{name} {row.mean():.3f}")
     return scores, noise
 
@@ -263,8 +266,8 @@ def _draw(workspace: Workspace, search: Search, folder: RunFolder, best: Choice)
 
 
 def _ranks(workspace: Workspace) -> str:
-    layout = gain_layout(workspace.basis)
-    ranks = [rank for leaf in layout.leaves if leaf.role == "matrix" for rank in leaf.ranks]
+    leaves = workspace.layout.leaves
+    ranks = [rank for leaf in leaves if leaf.role == "matrix" for rank in leaf.ranks]
     return f"{min(ranks)}" if min(ranks) == max(ranks) else f"{min(ranks)} to {max(ranks)}"
 
 

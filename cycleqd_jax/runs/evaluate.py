@@ -9,9 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cycleqd_jax.models.cache import unstack_layers
 from cycleqd_jax.models.generate import Decoder
-from cycleqd_jax.models.kernels import attach
 from cycleqd_jax.models.sampling import Sampling
 from cycleqd_jax.runs.division import Chosen, Costs, Division, Problems
 from cycleqd_jax.runs.hosts import ALONE, Hosts
@@ -20,6 +18,7 @@ from cycleqd_jax.runs.rebuild import digests
 from cycleqd_jax.runs.transcripts import record_transcripts
 from cycleqd_jax.runs.workspace import Workspace
 from cycleqd_jax.sandbox.base import Sandbox
+from cycleqd_jax.sharding import batch_placement
 from cycleqd_jax.tasks.played import Rollout, beside
 from cycleqd_jax.tasks.rollout import TimeLimits, rollout
 from cycleqd_jax.tasks.transcript import Transcript
@@ -57,7 +56,7 @@ class Evaluator:
         self._hosts = hosts
         self._costs = Costs()
         self.generated_tokens = 0
-        tokenizer = workspace.tokenizer
+        tokenizer, mesh = workspace.tokenizer, workspace.mesh
         stops = workspace.architecture.eos_ids or (tokenizer.eos_token_id,)
         self.decoder = Decoder(
             None,
@@ -65,14 +64,10 @@ class Evaluator:
             stop_tokens=stops,
             pad_token=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0],
             max_new_tokens=workspace.config.max_new_tokens,
+            placement=None if mesh is None else batch_placement(workspace.architecture, mesh),
         )
         sampling = Sampling(temperature=workspace.config.temperature)
         self._policy = PopulationPolicy(self.decoder, tokenizer, sampling)
-        # Layers apart, as decoding wants them, once: or else every turn of the agents would slice
-        # and copy all weights anew.
-        self._base = unstack_layers(workspace.base)
-        self._basis = unstack_layers(workspace.basis)
-        self._attach = jax.jit(_attach_layers)
 
     def population(
         self,
@@ -100,10 +95,11 @@ class Evaluator:
             for start in range(0, count, size):
                 stop = min(start + size, count)
                 part = jax.tree.map(lambda leaf, a=start, b=stop: _fill(leaf[a:b], size), gains)
-                attached = self._attach(self._base, self._basis, part)
-                self._policy.use(attached, population=True)
                 played = None if chosen is None else _rows(chosen, start, stop)
-                parts.append(self._play(stop - start, problems, phase, start, on_episode, played))
+                with self._policy.using(self._workspace.population(part), population=True):
+                    parts.append(
+                        self._play(stop - start, problems, phase, start, on_episode, played)
+                    )
                 on_progress(stop)
             return beside(parts)
 
@@ -112,10 +108,10 @@ class Evaluator:
 
     def model(self, params: Any, problems: Problems, *, phase: str = "model") -> Rollout:
         """Play the problems with one model, given as weights; ``phase`` as in `population`."""
-        self._policy.use(unstack_layers(params), population=False)
 
         def play(chosen: Chosen | None, on_episode: OnEpisode | None) -> Rollout:
-            return self._play(1, problems, phase, 0, on_episode, chosen)
+            with self._policy.using(params, population=False):
+                return self._play(1, problems, phase, 0, on_episode, chosen)
 
         return self._together(play, problems, 1, phase, None, [phase])
 
@@ -178,12 +174,6 @@ class Evaluator:
             on_episode=on_episode,
             chosen=chosen,
         )
-
-
-def _attach_layers(base: Any, basis: Any, gains: Any) -> Any:
-    """`attach` where the layers of base and basis are apart already."""
-    layer_first = jax.tree.map(lambda g: jnp.moveaxis(g, 1, 0), gains.layers)
-    return attach(base, basis, unstack_layers(gains.replace(layers=layer_first)))
 
 
 def _fill(leaf: Any, size: int) -> Any:

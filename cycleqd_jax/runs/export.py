@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
+from cycleqd_jax.atomic import write_text_atomic
 from cycleqd_jax.merging.layout import GainLayout
 from cycleqd_jax.merging.spectral import gain_layout
 from cycleqd_jax.models.convert import save_model
-from cycleqd_jax.runs.files import write_text_atomic
 from cycleqd_jax.runs.intervals import wilson_of_mean
 from cycleqd_jax.runs.report import Scores, with_means
 
@@ -40,7 +40,7 @@ class Measured:
     """Scores of a model on problems of one split.
 
     Attributes:
-        scores: task to score.
+        scores: task to score, in [0, 1] as the rollout sees to it, or NaN where it was not finite.
         problems: problems of each task.
     """
 

@@ -1,28 +1,22 @@
-"""Files that are whole or untouched: atomic writes, JSON of run data, clear words on a full disk.
+"""JSON of run data, written whole or not at all.
 
 JSON has no NaN and no infinity. Run data may hold both (a score that is not finite is recorded),
 so they are written as the strings ``"NaN"``, ``"Infinity"`` and ``"-Infinity"``, which `from_json`
 turns back into floats. A real string with one of these spellings is refused on writing.
 """
 
-import errno
 import json
 import math
 import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from cycleqd_jax.atomic import write_text_atomic
+
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-
-
-class NoSpaceError(OSError):
-    """The file system is full (or over quota); the message names the file and the bytes left."""
 
 
 def to_json(value: Any, where: str = "value") -> Any:
@@ -77,44 +71,6 @@ def _key(key: Any, where: str) -> str:
     return key
 
 
-@contextmanager
-def explain_no_space(path: Path) -> Iterator[None]:
-    """Turns a full disk met inside the block into a `NoSpaceError` with `path` and free bytes."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, NoSpaceError) or not _is_no_space(error):
-            raise
-        raise NoSpaceError(
-            errno.ENOSPC,
-            f"no space left while writing {path}: {_free_bytes(path):,} bytes are free there. "
-            "What was written before is untouched; make room and start the same command again",
-        ) from error
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; on success it is synced and renamed over `path`.
-
-    On any error the old file stays as it was and the temporary one is removed.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with explain_no_space(path):
-            yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_text_atomic(path: Path, text: str) -> None:
-    """Writes the text (UTF-8) so that a reader sees the old file or the new one, never a part."""
-    with atomic_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
 def write_json_atomic(path: Path, data: Mapping[str, Any], *, sort_keys: bool = False) -> None:
     """Writes the mapping as indented JSON, atomically; non-finite floats as described above."""
     plain = to_json(data, path.name)
@@ -132,22 +88,3 @@ def read_json(path: Path) -> Any:
         return from_json(json.loads(path.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, found something else ({error})") from error
-
-
-def _is_no_space(error: BaseException | None) -> bool:
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, OSError) and error.errno in _FULL:
-            return True
-        if "No space left on device" in str(error) or "Disk quota exceeded" in str(error):
-            return True  # storage libraries report it as text
-        if isinstance(error, BaseExceptionGroup) and any(map(_is_no_space, error.exceptions)):
-            return True
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def _free_bytes(path: Path) -> int:
-    existing = next(p for p in (path, *path.absolute().parents) if p.exists())
-    return shutil.disk_usage(existing).free

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cycleqd_jax.merging.spectral import gain_layout, uniform_gains
+from cycleqd_jax.merging.spectral import uniform_gains
 from cycleqd_jax.progress import Progress
 from cycleqd_jax.qd.aggregation import aggregate, best_elites
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
@@ -125,7 +125,7 @@ def choose_uniform(workspace: Workspace, evaluator: Evaluator, problems: Problem
         GenerationFailed: none of them could be scored.
     """
     scales = workspace.config.uniform_scales
-    pool = jax.vmap(partial(uniform_gains, gain_layout(workspace.basis)))(jnp.asarray(scales))
+    pool = jax.vmap(partial(uniform_gains, workspace.layout))(jnp.asarray(scales))
     scores = _play("uniform merges", evaluator, pool, problems).scores
     winner = _best(scores)
     return _choice(pool, scores, winner, scale=scales[winner])

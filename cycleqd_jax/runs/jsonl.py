@@ -11,7 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from cycleqd_jax.runs.files import atomic_file, explain_no_space, from_json, to_json
+from cycleqd_jax.atomic import atomic_file, explain_no_space
+from cycleqd_jax.runs.files import from_json, to_json
 
 Row = dict[str, Any]
 

@@ -33,7 +33,7 @@ def launch(command: Command, *, train_seconds: float = 0.0, console: Console | N
             compilation.cache_compilations(command.cache)
             # A finished run needs nothing any more.
             if hosts.broadcast(hosts.first and (command.out / "summary.json").exists()):
-                _evolve(command, train_seconds, console, hosts)
+                _evolve(command, None, train_seconds, console, hosts)
                 return
         preflight = Preflight(command, hosts)
         findings = preflight.run()
@@ -44,7 +44,7 @@ def launch(command: Command, *, train_seconds: float = 0.0, console: Console | N
             )
         preflight.refuse()
         if not command.dry_run:
-            _evolve(command, train_seconds, console, hosts)
+            _evolve(command, preflight.mesh, train_seconds, console, hosts)
 
 
 def _say_where(command: Command) -> None:
@@ -54,12 +54,19 @@ def _say_where(command: Command) -> None:
             os.environ[name] = str(value)
 
 
-def _evolve(command: Command, train_seconds: float, console: Console, hosts: Hosts) -> None:
+def _evolve(
+    command: Command,
+    mesh: tuple[int, int] | None,
+    train_seconds: float,
+    console: Console,
+    hosts: Hosts,
+) -> None:
     from cycleqd_jax.runs.driver import evolve  # here: a dry run loads no Orbax
 
     evolve(
         command.run,
         command.out,
+        mesh=mesh,
         train_seconds=train_seconds,
         transcripts=command.transcripts,
         watch=command.watch,

@@ -130,15 +130,15 @@ class FamilyTree:
             found.append(parent)
         return found
 
-    def ancestors(self, id: int) -> list[Birth]:
-        """Every model this one descends from, each once, parents before their children.
+    def ancestors(self, *ids: int) -> list[Birth]:
+        """Every model that these descend from, each once, parents before their children.
 
         Raises:
-            ValueError: no model has the id.
+            ValueError: no model has one of the ids.
             LineageError: as `parents`.
         """
         found: dict[int, Birth] = {}
-        waiting = self.parents(self.birth(id))
+        waiting = [parent for id in ids for parent in self.parents(self.birth(id))]
         while waiting:
             birth = waiting.pop()
             if birth.id not in found:

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
-from cycleqd_jax.runs.files import write_text_atomic
+from cycleqd_jax.atomic import write_text_atomic
 from cycleqd_jax.runs.watch import LoggerName
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}

@@ -1,8 +1,10 @@
 """The library's own engine as a task's policy: conversations in, text of many candidates out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+from cycleqd_jax.models.cache import unstack_layers
 from cycleqd_jax.models.generate import GREEDY, Decoder
 from cycleqd_jax.models.sampling import Sampling
 from cycleqd_jax.tasks.base import Message, Request
@@ -53,7 +55,7 @@ class PopulationPolicy:
         tokenizer: a Hugging Face tokenizer with a chat template.
         sampling: how words are chosen; where they are drawn, with the seeds of the requests.
 
-    Call `use` before each rollout.
+    It speaks inside of `using`, or after `use`.
     """
 
     def __init__(self, decoder: Decoder, tokenizer: Any, sampling: Sampling = GREEDY) -> None:
@@ -67,6 +69,16 @@ class PopulationPolicy:
     def use(self, params: Any, *, population: bool) -> None:
         """Speak with these weights: one model's, or a population's (with gains attached)."""
         self._params, self._population = params, population
+
+    @contextmanager
+    def using(self, params: Any, *, population: bool) -> Iterator[None]:
+        """Speak with these weights for a while, and let go of them before others are made."""
+        self.use(unstack_layers(params), population=population)
+        del params
+        try:
+            yield
+        finally:
+            self._params = None
 
     def __call__(self, requests: Sequence[Request]) -> list[str]:
         """Answer every request, in order."""

@@ -4,6 +4,7 @@ No weight is read but the headers. One problem of every task is played for real,
 says what the problem's own demonstration says.
 """
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
@@ -22,7 +23,15 @@ from cycleqd_jax.runs.command import Command
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.hosts import ALONE, Hosts
 from cycleqd_jax.runs.loggers import check_loggers
-from cycleqd_jax.runs.needs import Device, Needs, device_here, named_device, needs_of, short_disks
+from cycleqd_jax.runs.needs import (
+    Device,
+    Needs,
+    default_mesh,
+    device_here,
+    named_device,
+    needs_of,
+    short_disks,
+)
 from cycleqd_jax.runs.policy import Conversations
 from cycleqd_jax.sandbox import (
     Job,
@@ -32,6 +41,7 @@ from cycleqd_jax.sandbox import (
     SandboxUnavailable,
     open_sandbox,
 )
+from cycleqd_jax.sharding import abstract_mesh, check_model, local_mesh, mesh_shape
 from cycleqd_jax.tasks.base import Problem, Request, ServiceGone, Split, Task
 from cycleqd_jax.tasks.benchmark import sandbox_limits
 from cycleqd_jax.tasks.policies import ideal_policy
@@ -78,7 +88,7 @@ class Finding:
 
 
 class Preflight:
-    """All checks of a run; ``findings`` are there after `run`.
+    """All checks of a run; ``findings``, ``needs`` and ``mesh`` are there after `run`.
 
     Args:
         command: what is to run.
@@ -91,6 +101,7 @@ class Preflight:
         self._config = command.run
         self.findings: list[Finding] = []
         self.needs: Needs | None = None
+        self.mesh: tuple[int, int] | None = None
 
     def run(self) -> list[Finding]:
         """Do every check, whatever the others find."""
@@ -254,19 +265,30 @@ class Preflight:
         prompt = longest or Workload.prompt
         try:
             device = _device(self._command)
-            self.needs = needs = needs_of(config, architecture, prompt)
+            mesh = _mesh(self._command, architecture, device, prompt)
         except ValueError as error:
-            self._note("memory", "failed", str(error), "see --max-new-tokens and --chip")
+            self._note("mesh", "failed", str(error), "see --mesh and --chip")
+            self._note("memory", "skipped", "the mesh is needed to plan it")
+            self._note("disk", "skipped", "the mesh is needed to plan it")
             return
+        try:
+            self.needs = needs = needs_of(config, architecture, prompt, mesh)
+        except ValueError as error:
+            self._note("memory", "failed", str(error), "see --max-new-tokens")
+            return
+        self.mesh = mesh
         tokens = f"{prompt} tokens of conversation" + ("" if longest else ", assumed")
-        said = f"{_gb(needs.memory)} of {_gb(device.memory)} on {device.name} ({tokens})"
+        where = device.name
+        if mesh != (1, 1):
+            where = f"each of {math.prod(mesh)} {device.name}, mesh {mesh[0]}x{mesh[1]}"
+        said = f"{_gb(needs.memory)} of {_gb(device.memory)} on {where} ({tokens})"
         if needs.memory <= device.memory:
             self._note("memory", "ok", said)
         else:
-            largest = max({**needs.plan.memory, **needs.besides}.items(), key=lambda part: part[1])
+            largest = max(needs.phases[needs.busiest].items(), key=lambda part: part[1])
             advice = (
                 f"most of it, {_gb(largest[1])}, is for {largest[0]}: a lower --rank, fewer "
-                "--children or --problems, LoRA experts, or a larger device"
+                "--children or --problems, a larger device, or more of them (--mesh)"
             )
             self._note("memory", "failed", f"needs {said}", advice)
         out, cache = self._command.out, self._command.cache
@@ -344,10 +366,11 @@ def plan_text(command: Command, needs: Needs | None) -> str:
     lines.append("")
     if device.chip is not None:
         lines += [describe(needs.plan, device.chip), ""]
-    generation = {"one generation": needs.plan.total} if device.chip else needs.plan.memory
-    parts = {**generation, **needs.besides, "total": needs.memory}
-    lines.append(f"{'memory of a run':16s} {'GB':>8s}")
-    lines += [f"  {part:16s} {size / 1e9:8.2f}" for part, size in parts.items()]
+    lines.append(f"{'memory of each device':30s} {'GB':>8s}")
+    for phase, parts in needs.phases.items():
+        lines.append(f"  {phase:28s} {sum(parts.values()) / 1e9:8.2f}")
+        if phase == needs.busiest:
+            lines += [f"    {part:26s} {size / 1e9:8.2f}" for part, size in parts.items()]
     return "\n".join(lines)
 
 
@@ -372,5 +395,25 @@ def _gb(size: int) -> str:
 def _device(command: Command) -> Device:
     """What a run computes on; only a dry run may plan for a device that is not here."""
     if command.dry_run and command.chip is not None:
-        return named_device(command.chip)
+        shape = (1, 1) if command.mesh is None else mesh_shape(command.mesh)
+        return named_device(command.chip, math.prod(shape))
     return device_here()
+
+
+def _mesh(
+    command: Command, architecture: LlamaConfig, device: Device, prompt: int
+) -> tuple[int, int]:
+    """The mesh that is asked for, or that fits.
+
+    Raises:
+        ValueError: it is none, has another size than there are devices or does not divide the
+            model.
+    """
+    if command.mesh is None:
+        shape = default_mesh(command.run, architecture, device, prompt)
+    else:
+        shape = mesh_shape(command.mesh)
+        if not command.dry_run or command.chip is None:
+            local_mesh(shape)
+    check_model(architecture, abstract_mesh(shape))
+    return shape

@@ -54,20 +54,28 @@ def rebuild(
         LineageError: the log is damaged or incomplete, or what comes out has not the digest that
             the log says.
     """
-    wanted = {id: family.birth(id) for id in ids}
-    for id in ids:
-        wanted |= {birth.id: birth for birth in family.ancestors(id)}
-    last_use = dict.fromkeys(wanted, 0)
-    for birth in wanted.values():
-        for parent in birth.parents:
-            last_use[parent] = max(last_use[parent], birth.generation)
-    last_use |= dict.fromkeys(ids, max(birth.generation for birth in wanted.values()) + 1)
+    wanted = {birth.id: birth for birth in family.ancestors(*ids)}
+    wanted |= {id: family.birth(id) for id in ids}
+    generations: dict[int, list[Birth]] = {}
+    for birth in sorted(wanted.values(), key=lambda birth: (birth.generation, birth.id)):
+        generations.setdefault(birth.generation, []).append(birth)
+    # A long line of ancestors would fill the memory: each is kept until its last child is bred.
+    last_use = {
+        parent: generation
+        for generation, births in generations.items()
+        for birth in births
+        for parent in birth.parents
+    }
+    kept = set(ids)
+    unneeded: dict[int, list[int]] = {}
+    for id, generation in last_use.items():
+        if id not in kept:
+            unneeded.setdefault(generation, []).append(id)
     treedef: Any = jax.tree.structure(first_parents)
     seeds = [np.asarray(leaf) for leaf in jax.tree.leaves(first_parents)]
     experts = len(seeds[0])
     made: dict[int, list[np.ndarray]] = {}
-    for generation in sorted({birth.generation for birth in wanted.values()}):
-        births = [birth for birth in wanted.values() if birth.generation == generation]
+    for generation, births in generations.items():
         if generation == 0:
             made |= {
                 birth.id: [leaf[_row(birth, experts, 0)] for leaf in seeds] for birth in births
@@ -76,8 +84,8 @@ def rebuild(
             made |= _breed(births, made, emitter, treedef, experts)
         for birth in births:
             _check(birth, _digest(made[birth.id]))
-        # A long line of ancestors would fill the memory: only who has children to come is kept.
-        made = {id: leaves for id, leaves in made.items() if last_use[id] > generation}
+        for id in unneeded.get(generation, ()):
+            del made[id]
     columns = zip(*(made[id] for id in ids), strict=True)
     return treedef.unflatten([jnp.asarray(np.stack(column)) for column in columns])
 

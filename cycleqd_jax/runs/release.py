@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cycleqd_jax.merging.spectral import materialise
 from cycleqd_jax.qd.aggregation import aggregate
 from cycleqd_jax.runs.breeding import first_parents, make_emitter
 from cycleqd_jax.runs.config import RunConfig
@@ -17,10 +16,12 @@ from cycleqd_jax.runs.export import Measured, ModelCard, expert_coefficients, ex
 from cycleqd_jax.runs.files import read_json
 from cycleqd_jax.runs.folder import RunFiles, read_config
 from cycleqd_jax.runs.lineage import Birth, FamilyTree, LineageError, read_births
+from cycleqd_jax.runs.needs import default_mesh
 from cycleqd_jax.runs.parents import check_parents, licence_of
 from cycleqd_jax.runs.rebuild import digests, rebuild
 from cycleqd_jax.runs.team import export_team
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
+from cycleqd_jax.sharding import local_mesh
 
 USE_TEAM = """```python
 from cycleqd_jax.runs.team import load_team
@@ -54,11 +55,15 @@ class PastRun:
     def open(self, cache: Path | None = None) -> Workspace:
         """The models and the basis of the run, checked to be those it began with.
 
+        They go to one device where the run would fit one, or else to its mesh.
+
         Raises:
             ParentsError: one has changed since.
             ValueError: what `open_workspace` refuses.
         """
-        workspace = open_workspace(self.config, cache)
+        shape = default_mesh(self.config)
+        mesh = None if shape[1] == 1 else local_mesh(shape)
+        workspace = open_workspace(self.config, cache, mesh)
         check_parents(self.files.parents_file, workspace.folders, workspace.digests)
         return workspace
 
@@ -116,7 +121,7 @@ def make_card(
     config = workspace.config
     recipe = {}
     if gains is not None:
-        recipe = expert_coefficients(gains, workspace.basis, list(config.experts))
+        recipe = expert_coefficients(gains, workspace.layout, list(config.experts))
     return ModelCard(
         name=name,
         base=config.base,
@@ -174,7 +179,7 @@ def release(
         scores = _of_child(run, finals, birth)
     name = f"cycleqd/{which}"
     card = make_card(workspace, name, gains, scores, details, lines)
-    params = jax.jit(materialise)(workspace.base, workspace.basis, gains)
+    params = workspace.model(gains)
     like = Path(run.config.base)
     export_model(out, workspace.architecture, params, like=like, card=card)
     return Exported(out, f"{name} of {run.files.path}")

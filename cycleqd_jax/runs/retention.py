@@ -13,7 +13,6 @@ from cycleqd_jax.merging.low_rank import decompose_low_rank
 from cycleqd_jax.merging.spectral import expert_gains, materialise
 from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.convert import load_model
-from cycleqd_jax.models.kernels import attach
 from cycleqd_jax.models.lora import is_adapter, load_adapter
 from cycleqd_jax.models.specs import roles
 from cycleqd_jax.models.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -118,7 +117,7 @@ def population_of(workspace: Workspace, gains: Any, **options: Any) -> Populatio
         gains: genotypes, leaves (candidates, ...), as `CyclicRepertoire.gather` gives them.
         options: of `PopulationLM`.
     """
-    params = attach(workspace.base, workspace.basis, gains)
+    params = workspace.population(gains)
     return PopulationLM(workspace.architecture, workspace.tokenizer, params, **options)
 
 

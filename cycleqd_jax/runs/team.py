@@ -21,8 +21,10 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
+from cycleqd_jax.atomic import write_text_atomic
 from cycleqd_jax.merging.spectral import gain_layout, materialise
 from cycleqd_jax.merging.task_vector import leaf_paths
+from cycleqd_jax.models.cache import stack_layers
 from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.convert import load_model, save_model
 from cycleqd_jax.models.folder import replaced_folder
@@ -30,7 +32,7 @@ from cycleqd_jax.models.kernels import attach
 from cycleqd_jax.models.specs import roles
 from cycleqd_jax.runs.basis_cache import basis_size, read_basis, write_basis
 from cycleqd_jax.runs.export import ModelCard
-from cycleqd_jax.runs.files import read_json, write_json_atomic, write_text_atomic
+from cycleqd_jax.runs.files import read_json, write_json_atomic
 from cycleqd_jax.runs.rebuild import digests
 from cycleqd_jax.runs.workspace import Workspace
 
@@ -71,7 +73,7 @@ class LoadedTeam:
 
     def population(self) -> Any:
         """All members as one population, for a `Decoder`: candidate i is member i."""
-        return jax.jit(attach)(self.base, self.basis, self.gains)
+        return attach(self.base, self.basis, self.gains)
 
 
 def export_team(
@@ -98,12 +100,12 @@ def export_team(
     if not members:
         raise ValueError("members: expected at least one, found none")
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(workspace.base))
-    gains = 4 * gain_layout(workspace.basis).size * len(members)
+    gains = 4 * workspace.layout.size * len(members)
     size = weights + basis_size(workspace.basis, workspace.report) + gains
     with replaced_folder(folder, size) as draft:
         base = Path(workspace.config.base)
         save_model(draft / "base", workspace.architecture, workspace.base, like=base)
-        write_basis(draft / "basis.safetensors", workspace.basis, workspace.report)
+        write_basis(draft / "basis.safetensors", stack_layers(workspace.basis), workspace.report)
         (draft / "members").mkdir()
         marks = {}
         for name, genotype in members.items():
@@ -123,34 +125,57 @@ def load_team(folder: str | Path) -> LoadedTeam:
         TeamError: a file is missing, damaged or of another format; the message names it.
     """
     folder = Path(folder)
+    marks = _read_members(folder)
+    try:
+        architecture, base = load_model(folder / "base")
+    except (ValueError, OSError) as error:
+        raise TeamError(f"the team's base is damaged: {error}") from error
+    try:
+        basis, _ = read_basis(folder / "basis.safetensors", roles(architecture))
+    except (ValueError, OSError, SafetensorError) as error:
+        raise TeamError(f"{folder / 'basis.safetensors'}: damaged ({error})") from error
+    rows = [
+        _read_member(folder / "members" / f"{name}.safetensors", basis, digest)
+        for name, digest in marks.items()
+    ]
+    gains = _stack(rows)
+    return LoadedTeam(folder, architecture, base, jax.device_put(basis), tuple(marks), gains)
+
+
+def _read_members(folder: Path) -> dict[str, str]:
+    """Name and digest of every member."""
     file = folder / "team.json"
     if not file.is_file():
         raise TeamError(f"{folder}: expected the folder of a team, found no team.json")
-    facts = read_json(file)
+    try:
+        facts = read_json(file)
+    except (ValueError, OSError) as error:
+        raise TeamError(str(error)) from error
+    if not isinstance(facts, dict):
+        raise TeamError(f"{file}: expected a JSON object, found {type(facts).__name__}")
     if facts.get("format") != FORMAT:
         raise TeamError(f"{file}: expected the format {FORMAT}, found {facts.get('format')}")
-    architecture, base = load_model(folder / "base")
-    try:
-        basis, _ = read_basis(folder / "basis.safetensors", roles(architecture))
-    except (ValueError, OSError, SafetensorError, KeyError) as error:
-        raise TeamError(f"{folder / 'basis.safetensors'}: damaged ({error})") from error
-    names = tuple(facts["members"])
-    paths = [folder / "members" / f"{name}.safetensors" for name in names]
-    rows = [
-        _read_member(path, basis, digest)
-        for path, digest in zip(paths, facts["members"].values(), strict=True)
-    ]
-    gains = _stack(rows)
-    return LoadedTeam(folder, architecture, base, basis, names, gains)
+    members = facts.get("members")
+    if not isinstance(members, dict) or not members:
+        raise TeamError(f"{file}: expected members with their digests, found {members!r}")
+    return members
 
 
 def _read_member(path: Path, basis: Any, digest: str) -> Any:
     template = gain_layout(basis).zeros()
     try:
         arrays = load_file(path)
-        leaves = [arrays.pop(name) for name in leaf_paths(template)]
+        leaves = [arrays[name] for name in leaf_paths(template)]
     except (OSError, SafetensorError, KeyError) as error:
         raise TeamError(f"{path}: expected the gains of a member ({error!r})") from error
+    for name, leaf, zeros in zip(
+        leaf_paths(template), leaves, jax.tree.leaves(template), strict=True
+    ):
+        if (leaf.shape, leaf.dtype) != (zeros.shape, zeros.dtype):
+            raise TeamError(
+                f"{path}: {name}: expected {zeros.dtype} {zeros.shape}, "
+                f"found {leaf.dtype} {leaf.shape}"
+            )
     treedef: Any = jax.tree.structure(template)
     found = digests([leaf[None] for leaf in leaves])[0]
     if found != digest:

@@ -10,15 +10,15 @@ import math
 import select
 import socket
 import subprocess
-import tempfile
 import threading
 import time
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from .base import SandboxBroken, SandboxUnavailable
+from .complaints import Complaints
 from .inside import wire
 from .layout import clean_environment, machine_layout
 
@@ -152,7 +152,7 @@ class Machines:
     def __init__(self, limits: MachineLimits | None = None) -> None:
         self.limits = limits or MachineLimits()
         self._lock = threading.Lock()
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
+        self._complaints = Complaints()
         self._channel, theirs = socket.socketpair()
         layout = machine_layout()
         folder = str(Path(__file__).parent)
@@ -161,8 +161,8 @@ class Machines:
             self._process = subprocess.Popen(
                 [layout.python, "-s", "-S", "-P", "-X", "utf8", "-c", code],
                 stdin=theirs.fileno(),
-                stdout=self._complaints,
-                stderr=self._complaints,
+                stdout=self._complaints.fileno(),
+                stderr=self._complaints.fileno(),
                 env=clean_environment(layout),
                 start_new_session=True,
             )
@@ -190,7 +190,8 @@ class Machines:
             machine.wait_until_ready()
         except (OSError, MachineLost) as error:
             machine.close()
-            raise SandboxBroken(f"no machine starts any more: {error} {self._words()}") from error
+            told = self._complaints.last()
+            raise SandboxBroken(f"no machine starts any more: {error} {told}") from error
         return machine
 
     def close(self) -> None:
@@ -215,16 +216,15 @@ class Machines:
             self._channel.sendall(wire.pack_message({"limits": limits}))
             if select.select([self._channel], [], [], _START_SECONDS)[0]:
                 answer = wire.read_message(self._channel.fileno())
-        answer = answer or {"error": self._words() or "it died"}
+        answer = answer or {"error": self._complaints.last() or "it died"}
         if "error" in answer:
             raise SandboxUnavailable(f"No private machine starts: {answer['error']}. {_ADVICE}")
         return answer
 
     def _prove(self) -> None:
         try:
-            machine = self.boot()
-            turn = machine.type("id -u; echo $((6 * 7))", 20.0)
-            machine.close()
+            with contextlib.closing(self.boot()) as machine:
+                turn = machine.type("id -u; echo $((6 * 7))", 20.0)
         except (SandboxBroken, MachineLost) as error:
             raise SandboxUnavailable(f"No private machine works: {error}. {_ADVICE}") from error
         if turn.output != "0\n42\n":
@@ -232,12 +232,10 @@ class Machines:
                 f"No private machine works: 0 and 42 came as {turn}. {_ADVICE}"
             )
 
-    def _words(self) -> str:
-        self._complaints.seek(0)
-        return self._complaints.read().decode("utf-8", "replace").strip()[-1000:]
 
-
-def _end(channel: socket.socket, process: "subprocess.Popen[bytes]", complaints: IO[bytes]) -> None:
+def _end(
+    channel: socket.socket, process: "subprocess.Popen[bytes]", complaints: Complaints
+) -> None:
     channel.close()
     try:
         process.wait(10)

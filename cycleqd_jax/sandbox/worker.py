@@ -5,12 +5,12 @@ import os
 import select
 import signal
 import subprocess
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from .base import SandboxUnavailable
+from .complaints import Complaints
 from .inside import wire
 
 _START_SECONDS = 20.0
@@ -30,7 +30,7 @@ class Worker:
         self._environment = dict(environment)
         self._hello = wire.pack_message(dict(config))
         self._process: subprocess.Popen[bytes] | None = None
-        self._complaints = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as this)
+        self._complaints = Complaints()
         self._outgoing = bytearray()
         self._incoming = bytearray()
         try:
@@ -42,13 +42,13 @@ class Worker:
     def start(self) -> None:
         """A fresh process, whatever became of the last one."""
         self.stop()
-        self._complaints.truncate(0)
+        self._complaints.clear()
         # Its own group, so that nothing of it survives stop().
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=self._complaints,
+            stderr=self._complaints.fileno(),
             env=self._environment,
             start_new_session=True,
             bufsize=0,
@@ -63,8 +63,7 @@ class Worker:
 
     def complaint(self) -> str:
         """The end of what it wrote to its standard error."""
-        self._complaints.seek(0)
-        return self._complaints.read().decode("utf-8", "replace").strip()[-1000:]
+        return self._complaints.last()
 
     def _first_answer(self) -> dict[str, Any]:
         deadline = time.monotonic() + _START_SECONDS

@@ -1,12 +1,13 @@
 """What public benchmarks share: files of the user's, and splits by what is stable in them."""
 
+import abc
 import hashlib
 import os
 import random
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from cycleqd_jax.sandbox.base import Limits
 from cycleqd_jax.tasks.base import P, Split, Task
@@ -20,6 +21,38 @@ _SPLIT_OF_DIGIT: tuple[Split, ...] = (
     *("validation",) * 2,
     *("test",) * 4,
 )
+
+
+class BenchmarkTask(abc.ABC, Generic[P]):
+    """A task whose problems are all there from the start.
+
+    A frozen dataclass derives from it: its `make_problems` is called once, when its fields are set.
+
+    Attributes:
+        name: the name scores are reported under.
+    """
+
+    name: str
+    _problems: tuple[P, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_problems", tuple(self.make_problems()))
+
+    @abc.abstractmethod
+    def make_problems(self) -> Iterable[P]:
+        """Make all problems of all splits, in the order of the files."""
+
+    def every_problem(self) -> list[P]:
+        """All problems of all splits, in the order of the files."""
+        return list(self._problems)
+
+    def problems(self, split: Split, count: int, *, seed: int = 0, difficulty: int = 1) -> list[P]:
+        """Choose ``count`` problems of one split; they have no difficulties to choose from.
+
+        Raises:
+            ValueError: the split has fewer problems, or there is no such split.
+        """
+        return choose_problems(self.name, self._problems, split, count, seed)
 
 
 def make_records(
@@ -57,6 +90,25 @@ def make_records(
     if not records:
         raise ValueError(f"{folder}: expected {what}, found none")
     return records
+
+
+def field_of(raw: Any, name: str, kind: Any) -> Any:
+    """An entry of a record's JSON.
+
+    Args:
+        raw: what the file holds; anything but an object has no entries.
+        name: of the entry.
+        kind: its type, or a union of such; True and False are no numbers.
+
+    Raises:
+        ValueError: there is none, or it is of another type.
+    """
+    value = raw.get(name) if isinstance(raw, dict) else None
+    if not isinstance(value, kind) or isinstance(value, bool):
+        expected = getattr(kind, "__name__", str(kind))
+        found = "nothing" if value is None else repr(value)[:60]
+        raise ValueError(f"{name}: expected {expected}, found {found}")
+    return value
 
 
 def split_of_group(group: str) -> Split:

@@ -1,7 +1,3 @@
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -216,12 +212,5 @@ print("equal")
 
 
 @pytest.mark.slow
-def test_layers_split_over_eight_devices_give_the_same():
-    done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT_DEVICES],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "equal", done.stderr
+def test_layers_split_over_eight_devices_give_the_same(on_eight_devices):
+    assert on_eight_devices(ON_EIGHT_DEVICES) == "equal"

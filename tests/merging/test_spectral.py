@@ -1,6 +1,3 @@
-import os
-import subprocess
-import sys
 from typing import Any
 
 import jax
@@ -277,16 +274,9 @@ print("equal", found)
 """
 
 
-def test_sharded_weights_are_built_where_they_lie():
+def test_sharded_weights_are_built_where_they_lie(on_eight_devices):
     """Same weights as on one device, in the base's sharding, with no communication at all."""
-    done = subprocess.run(
-        [sys.executable, "-c", ON_EIGHT_DEVICES],
-        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "equal []", done.stderr
+    assert on_eight_devices(ON_EIGHT_DEVICES) == "equal []"
 
 
 class TestBadInput:

@@ -11,6 +11,7 @@ from cycleqd_jax.models import kernels
 from cycleqd_jax.models.convert import save_model
 from cycleqd_jax.models.generate import Decoder, DecodeStats
 from cycleqd_jax.models.llama import forward
+from cycleqd_jax.models.programs import STEPS
 from cycleqd_jax.models.sampling import Sampling
 from cycleqd_jax.models.specs import LlamaConfig, roles
 
@@ -144,10 +145,12 @@ def test_sampling_from_one_token_is_greedy(shared: Decoder) -> None:
 
 
 def test_other_sampling_settings_compile_nothing(shared: Decoder) -> None:
-    questions = prompts(6) * 5
-    shared.decode(questions, sampling=SAMPLED)
+    # One chunk for all rows: other settings end other rows early, and so make other shapes.
+    questions, new = prompts(6) * 5, 1 + STEPS
+    shared.decode(questions, sampling=SAMPLED, max_new_tokens=new)
     before = shared.traces
-    shared.decode(questions, sampling=Sampling(temperature=0.5, top_k=7, top_p=0.8))
+    other = Sampling(temperature=0.5, top_k=7, top_p=0.8)
+    shared.decode(questions, sampling=other, max_new_tokens=new)
     assert shared.traces == before
 
 
@@ -297,6 +300,7 @@ def test_candidates_that_do_not_fit_are_refused(model: Any, population: Any) -> 
         ({"pad_token": -1}, "got -1"),
         ({"max_new_tokens": 0}, "at least 1, got 0"),
         ({"max_rows": 0}, "at least 1, got .* 0"),
+        ({"workers": 0}, "workers of at least 1, got 0"),
         ({"mode": "fast"}, "expected a mode of .* got 'fast'"),
         ({"stop_strings": ["x"]}, "expected detokenize with them, found none"),
         ({"stop_strings": [""]}, "expected texts, found an empty one"),

@@ -140,3 +140,16 @@ def test_no_texts_and_texts_that_cannot_be_scored(make_params: Make) -> None:
             scorer.score([pair], params)
     with pytest.raises(ValueError, match="expected a mode of"):
         Scorer(CONFIG, mode="fast")
+    for name in ("max_tokens", "workers"):
+        with pytest.raises(ValueError, match=f"expected {name} of at least 1, found 0"):
+            Scorer(CONFIG, **{name: 0})  # type: ignore[arg-type]
+
+
+def test_weights_of_another_dtype_are_compiled_by_one_thread(make_params: Make) -> None:
+    params, pairs = make_params(CONFIG), draw_pairs(12)
+    scorer = Scorer(CONFIG, max_tokens=256, workers=4)
+    scorer.score(pairs, params)
+    once = scorer.traces
+    scorer.score(pairs, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), params))
+    assert scorer.traces == 2 * once
+    assert len(scorer._compiled) == 2 * once

@@ -66,11 +66,19 @@ def test_noise_follows_from_seed_and_count() -> None:
     assert draw(rows, cuts, seeds[::-1], counts[::-1]).tolist() == tokens[::-1]
 
 
+def test_the_coldest_draw_is_the_likeliest_token() -> None:
+    rows = jax.random.normal(jax.random.key(0), (4, VOCAB)) * 1e4
+    cuts = Sampling(temperature=1e-6, top_p=0.9).cuts()
+    tokens = draw(rows, cuts, jnp.arange(4), jnp.zeros(4, jnp.int32))
+    assert tokens.tolist() == rows.argmax(axis=1).tolist()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"temperature": -1.0}, "temperature: expected at least 0, found -1"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1e-38}, "expected 0 or at least 1e-06, found 1e-38: use 0"),
         ({"top_k": -2}, "top_k: expected at least 0 .* found -2"),
         ({"top_p": 0.0}, r"top_p: expected a share in \(0, 1\], found 0"),
         ({"top_p": 1.5}, "found 1.5"),

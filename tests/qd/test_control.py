@@ -13,9 +13,10 @@ from qdax.core.map_elites import MAPElites
 from cycleqd_jax.merging.crossover import linear_crossover
 from cycleqd_jax.merging.mutation import gaussian_mutation, no_mutation
 from cycleqd_jax.qd.adaptation import ControlState, learn
-from cycleqd_jax.qd.control import ControlledEmitter, breed_controlled, parent_features
+from cycleqd_jax.qd.control import ControlledEmitter, parent_features
 from cycleqd_jax.qd.cvt import CVT
 from cycleqd_jax.qd.dns import DominatedNoveltyRepertoire, make_dominated_novelty
+from cycleqd_jax.qd.emitter import breed
 from cycleqd_jax.qd.grid import make_grid
 from cycleqd_jax.qd.metrics import qd_metrics
 from cycleqd_jax.qd.parametric import (
@@ -166,7 +167,7 @@ def start(emitter, seed=0):
 
 @pytest.mark.slow
 def test_ask_tell_is_the_scanned_run_and_compiles_once():
-    hot: tuple[Any, ...] = (breed_controlled, learn)
+    hot: tuple[Any, ...] = (breed, learn)
     for function in hot:
         function.clear_cache()
     for _ in range(2):

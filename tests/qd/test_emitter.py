@@ -1,6 +1,4 @@
 import functools
-import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -328,6 +326,7 @@ def test_the_scan_writes_into_the_pool_it_carries():
 SHARDED = """
 import jax, numpy as np, pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from cycleqd_jax.qd.emitter import CycleQDState
 from tests.qd.test_emitter import emitter_of, start
 
 mesh = jax.make_mesh((4, 2), ("population", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -347,7 +346,7 @@ for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
 # 16 children over 4 shards: a device breeds and scores 4, and gathers the others' rows to write.
 assert "f32[4,5]" in text and "all-gather" in text
 children, _ = emitter_of(sharding=split).emit(
-    jax.device_put(many, whole), type("State", (), {"generation": np.int32(2)}), jax.random.key(0)
+    jax.device_put(many, whole), CycleQDState(generation=np.int32(2)), jax.random.key(0)
 )
 assert children["x"].sharding.shard_shape((16, 5)) == (4, 5)
 with pytest.raises(ValueError, match="batch of 18 children cannot be split evenly"):
@@ -356,10 +355,8 @@ with pytest.raises(ValueError, match="batch of 18 children cannot be split evenl
 
 
 @pytest.mark.slow
-def test_a_population_sharded_over_devices_gives_the_single_device_archives():
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    root = pathlib.Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", SHARDED], check=True, env=environment, cwd=root)
+def test_a_population_sharded_over_devices_gives_the_single_device_archives(on_eight_devices):
+    assert on_eight_devices(SHARDED) == ""
 
 
 def test_arrays_of_an_operator_are_arguments_not_constants():
@@ -369,7 +366,7 @@ def test_arrays_of_an_operator_are_arguments_not_constants():
     jaxpr = jax.make_jaxpr(
         lambda r, m, key: breed(
             r,
-            state.generation,
+            state,
             key,
             linear_crossover(),
             m,

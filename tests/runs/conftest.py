@@ -2,6 +2,8 @@
 
 import fcntl
 import os
+import subprocess
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -71,3 +73,24 @@ def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
     out = tmp_path_factory.mktemp("runs") / "finished"
     evolve(replace(config), out)
     return out
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
+    """``small_disk(megabytes)`` is an empty file system; skips where one may not be mounted."""
+    path = tmp_path / "disk"
+    mounted = []
+
+    def mount(megabytes: int) -> Path:
+        path.mkdir()
+        options = ["-t", "tmpfs", "-o", f"size={megabytes}m", "none", str(path)]
+        try:
+            subprocess.run(["mount", *options], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("cannot mount a small file system here")
+        mounted.append(path)
+        return path
+
+    yield mount
+    for disk in mounted:
+        subprocess.run(["umount", str(disk)], check=True)

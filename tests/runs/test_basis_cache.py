@@ -141,6 +141,19 @@ def test_a_damaged_entry_is_reported_and_replaced(
     assert make.calls == 2
 
 
+@pytest.mark.parametrize("other", [{"bias": "vector"}, {"head": "matrix"}])
+def test_an_entry_of_other_parameters_is_made_again(
+    tmp_path: Path, folders: list[Path], other: dict[str, str]
+) -> None:
+    cache, make = tmp_path / "cache", Maker()
+    lines: list[str] = []
+    cached_decomposition(cache, content(folders), SETTINGS, ROLES, make, lines.append)
+    roles = {**ROLES, **other}
+    cached_decomposition(cache, content(folders), SETTINGS, roles, make, lines.append)
+    assert make.calls == 2
+    assert "is damaged (expected the entry" in lines[1]
+
+
 def test_a_run_goes_on_where_nothing_can_be_kept(
     tmp_path: Path, folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

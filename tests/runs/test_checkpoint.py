@@ -1,6 +1,5 @@
 import os
 import shutil
-import subprocess
 from typing import Any
 
 import jax
@@ -9,11 +8,11 @@ import numpy as np
 import pytest
 from flax import struct
 
+from cycleqd_jax.atomic import NoSpaceError
 from cycleqd_jax.qd.emitter import CycleQDState
 from cycleqd_jax.qd.grid import make_grid
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.runs.checkpoint import CheckpointError, Checkpoints, CheckpointWarning, Restored
-from cycleqd_jax.runs.files import NoSpaceError
 
 
 class Pool(struct.PyTreeNode):
@@ -276,28 +275,15 @@ def test_a_full_disk_is_said_and_older_checkpoints_stay(saved, monkeypatch):
         assert read(checkpoints, make(1)).generation == 4
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 1 MB; skips where one may not be mounted."""
-    path = tmp_path / "disk"
-    path.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(path)]
-    try:
-        subprocess.run(mount, check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("cannot mount a small file system here")
-    yield path
-    subprocess.run(["umount", str(path)], check=True)
-
-
 def test_a_truly_full_disk_leaves_the_run_resumable(small_disk):
+    disk = small_disk(1)
     noise = np.random.default_rng(0).normal(size=30_000)  # 240 kB that do not compress
     more = np.random.default_rng(1).normal(size=120_000)
-    with Checkpoints(small_disk / "c") as checkpoints:
+    with Checkpoints(disk / "c") as checkpoints:
         checkpoints.save(1, {"x": noise}, {})
         with pytest.raises(NoSpaceError, match="make room and start the same command again"):
             checkpoints.save(2, {"x": more}, {})
-        assert os.listdir(small_disk / "c") == ["generation_000001"]
+        assert os.listdir(disk / "c") == ["generation_000001"]
         assert checkpoints.save(2, {"x": noise + 1}, {})
         assert (read(checkpoints, {"x": noise}).state["x"] == noise + 1).all()
 

@@ -43,11 +43,11 @@ def test_a_basis_mixes_models_and_adapters(mixed: RunConfig, family: Family) -> 
     o = load_model(family.base)[1].layers.o
     a, b = load_file(Path(mixed.experts[names[1]]) / "adapter_model.safetensors").values()
     adapter = workspace.expert_params(names[1])
-    np.testing.assert_allclose(adapter.layers.o[0] - o[0], (b @ a).T, atol=1e-5)
-    assert workspace.basis.layers.o.ranks[1] == 2
-    assert workspace.basis.layers.q.ranks[1] == 0
+    np.testing.assert_allclose(adapter.layers[0].o - o[0], (b @ a).T, atol=1e-5)
+    assert workspace.basis.layers[0].o.ranks[1] == 2
+    assert workspace.basis.layers[0].q.ranks[1] == 0
     full = load_model(mixed.experts[names[2]])[1]
-    assert (workspace.expert_params(names[2]).layers.q == full.layers.q).all()
+    assert (workspace.expert_params(names[2]).layers[0].q == full.layers.q[0]).all()
 
     report = compatibility_report(workspace)
     assert [row["kind"] for row in report["experts"].values()] == ["full", "lora", "full"]

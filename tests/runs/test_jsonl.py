@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from cycleqd_jax.atomic import NoSpaceError
 from cycleqd_jax.runs import jsonl
-from cycleqd_jax.runs.files import NoSpaceError
 from cycleqd_jax.runs.jsonl import JsonlWriter, keep_rows, read_jsonl, truncate_after
 
 

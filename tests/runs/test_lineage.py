@@ -61,6 +61,7 @@ def test_a_row_that_is_no_birth_is_named(tmp_path):
 def test_ancestors_come_once_each_and_parents_first(family):
     assert [b.id for b in family.ancestors(5)] == [0, 1, 2, 3, 4]
     assert [b.id for b in family.ancestors(6)] == [1, 2, 4]
+    assert [b.id for b in family.ancestors(6, 5, 6)] == [0, 1, 2, 3, 4]
     assert family.ancestors(0) == []
     assert family.birth(5).parents == (4, 3)
 

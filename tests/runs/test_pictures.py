@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from matplotlib.collections import QuadMesh
 
+from cycleqd_jax.atomic import NoSpaceError
 from cycleqd_jax.runs import pictures
-from cycleqd_jax.runs.files import NoSpaceError
 from cycleqd_jax.runs.pictures import ArchivePicture, draw_archives, plot_archives
 
 NAMES = ("coding", "database", "shell", "os", "web")

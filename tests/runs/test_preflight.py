@@ -6,6 +6,7 @@ import sys
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from cycleqd_jax.runs import preflight as module
 from cycleqd_jax.runs.command import Command, parse_command
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.launch import launch
-from cycleqd_jax.runs.needs import Device, named_device, needs_of, short_disks
+from cycleqd_jax.runs.needs import Device, default_mesh, named_device, needs_of, short_disks
 from cycleqd_jax.runs.preflight import NotReady, Preflight, findings_table, plan_text
 from cycleqd_jax.runs.watch import Watch
 from cycleqd_jax.sandbox import SandboxUnavailable
@@ -148,8 +149,13 @@ def test_needs_grow_with_what_they_are_made_of() -> None:
     some = needs_of(replace(NOWHERE, rank=16), model, 128)
     more = needs_of(replace(NOWHERE, rank=32), model, 128)
     assert more.cache == pytest.approx(2 * some.cache, rel=0.05)
-    assert more.besides["experts"] == some.besides["experts"] == 2 * some.plan.memory["weights"]
     assert more.memory > some.memory
+    # The experts are never there as a whole: a run holds two models at most, base and one other.
+    weights = some.plan.memory["weights"]
+    for phase, parts in some.phases.items():
+        models = [part for part, size in parts.items() if size == weights]
+        assert len(models) == {"decomposition": 0, "report": 1, "search": 1, "test": 2}[phase]
+    assert some.memory == sum(some.phases[some.busiest].values())
     longer = needs_of(replace(NOWHERE, rank=16, generations=120), model, 128)
     assert longer.out == some.out  # the archives are full: 2 tasks of 15 cells
     fewer = needs_of(replace(NOWHERE, rank=16, generations=1, children=1), model, 128)
@@ -229,3 +235,75 @@ def test_the_setting_of_the_paper_is_a_config_of_the_same_program() -> None:
     assert needs.memory <= named_device("h200").memory
     changed = parse_command(["--bins", "3", "--rank", "8"], defaults=settings).run
     assert (changed.preset.bins, changed.rank, changed.preset.mutation) == (3, 8, "child_svd")
+
+
+def test_a_mesh_splits_what_it_is_there_to_split() -> None:
+    config, model = (
+        replace(NOWHERE, rank=16, children=6, problems=5),
+        replace(MODELS["llama3.2-1b"], num_layers=2),
+    )
+    one, halves = needs_of(config, model, 128), needs_of(config, model, 128, (1, 2))
+    assert halves.plan.memory["weights"] < 0.51 * one.plan.memory["weights"]
+    assert (halves.out, halves.cache) == (one.out, one.cache)
+    # 6 children of 10 texts are 60 rows, which the decoder fills up to 64.
+    eight = needs_of(config, model, 128, (8, 1))
+    assert eight.plan.work.rows % 8 == 0
+    assert eight.plan.memory["cache"] * 8 < 1.5 * one.plan.memory["cache"]
+
+
+@pytest.mark.parametrize(
+    ("memory", "expected"), [(100, (8, 1)), (50, (4, 2)), (49, (2, 4)), (1, (2, 4))]
+)
+def test_by_default_weights_are_split_as_often_as_they_have_to(
+    memory: int, expected: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def needs(config: Any, architecture: Any, prompt: int, mesh: tuple[int, int]) -> Any:
+        if mesh[1] == 8:
+            raise ValueError("four key heads")
+        return SimpleNamespace(memory=100 // mesh[1])
+
+    monkeypatch.setattr(needs_module, "needs_of", needs)
+    device, model = Device("chip", memory, count=8), MODELS["qwen2.5-7b"]
+    # What does not fit at all is said by the check of the memory.
+    assert default_mesh(NOWHERE, model, device) == expected
+    assert default_mesh(NOWHERE, device=Device("chip", 1)) == (1, 1)  # there is nothing to choose
+
+
+@pytest.mark.parametrize(
+    ("mesh", "chip", "message"),
+    [
+        ("64x1", None, "mesh: a mesh of 64x1 .* needs 64 devices, found 1"),
+        ("1x16", "h200", "mesh: the mesh does not divide the model: leaf layers.k has 8 key heads"),
+        ("eight", "h200", "mesh: expected a mesh as POPULATIONxMODEL, such as 8x1 or 4x2, found"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_found_before_anything_long(
+    mesh: str, chip: str | None, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "open_sandbox", _no_sandbox)
+    command = Command(run=NOWHERE, mesh=mesh, dry_run=True, architecture="llama3.2-1b", chip=chip)
+    preflight = Preflight(command)
+    preflight.run()
+    assert _statuses(preflight)["memory"] == "skipped"
+    with pytest.raises(NotReady, match=message):
+        preflight.refuse()
+
+
+def test_a_dry_run_plans_for_a_mesh_that_is_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "open_sandbox", _no_sandbox)
+    command = Command(
+        run=replace(NOWHERE, rank=64),
+        out=tmp_path,
+        mesh="4x2",
+        dry_run=True,
+        architecture="llama3.2-1b",
+        chip="h200",
+    )
+    preflight = Preflight(command)
+    preflight.run()
+    (memory,) = (finding for finding in preflight.findings if finding.check == "memory")
+    assert memory.status == "ok"
+    assert "on each of 8 h200, mesh 4x2" in memory.said
+    assert "mesh 4x2 (population x model) of h200" in plan_text(command, preflight.needs)

@@ -55,8 +55,8 @@ def test_a_population_has_the_scores_of_its_models_alone(family: Family, tmp_pat
         tasks=tuple(family.experts),
     )
     workspace = open_workspace(config)
-    genotypes = [zero_gains(workspace.basis)]
-    genotypes += [expert_gains(workspace.basis, e) for e in range(3)]
+    genotypes = [zero_gains(workspace.layout)]
+    genotypes += [expert_gains(workspace.layout, e) for e in range(3)]
     gains = jax.tree.map(lambda *leaves: np.stack(leaves), *genotypes)
     tasks = Tasks([arc_easy(arc_file(tmp_path))])
     together = [scores_of(r) for r in tasks.evaluate(population_of(workspace, gains))]

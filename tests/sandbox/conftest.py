@@ -3,12 +3,14 @@
 import gc
 import os
 import shutil
+import tempfile
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
+from cycleqd_jax import sandbox
 from cycleqd_jax.sandbox import Limits, open_sandbox
 
 PROGRAM = {"bubblewrap": "bwrap", "unshare": "unshare"}
@@ -40,32 +42,44 @@ def backend(request):
 
 @pytest.fixture(scope="session")
 def roomy(backend):
-    with open_sandbox(backend, ROOMY, workers=2) as sandbox:
-        yield sandbox
+    with open_sandbox(backend, ROOMY, workers=2) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
 def tight(backend):
-    with open_sandbox(backend, TIGHT, workers=3) as sandbox:
-        yield sandbox
+    with open_sandbox(backend, TIGHT, workers=3) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
 def hasty(backend):
-    with open_sandbox(backend, HASTY, workers=6) as sandbox:
-        yield sandbox
+    with open_sandbox(backend, HASTY, workers=6) as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
 def single(backend):
-    with open_sandbox(backend, ROOMY, workers=1) as sandbox:
-        yield sandbox
+    with open_sandbox(backend, ROOMY, workers=1) as opened:
+        yield opened
 
 
 @pytest.fixture
 def untouched():
     """A context at whose end this process and its machine are as they were at its start."""
     return _untouched
+
+
+@pytest.fixture
+def public_copy():
+    """A folder with the room's code, from where every user may import it."""
+    with tempfile.TemporaryDirectory() as name:
+        package = Path(name, "cycleqd_jax")
+        shutil.copytree(Path(sandbox.__file__).parent, package / "sandbox")
+        (package / "__init__.py").touch()
+        for path in (Path(name), *Path(name).rglob("*")):
+            path.chmod(0o755)
+        yield name
 
 
 @contextmanager

@@ -1,17 +1,14 @@
 """Private machines: what carries over, what ends them, and that nothing is left."""
 
 import os
-import shutil
 import subprocess
-import tempfile
 from pathlib import Path
 
 import pytest
 
-from cycleqd_jax import sandbox
 from cycleqd_jax.sandbox import SandboxBroken, SandboxUnavailable
 from cycleqd_jax.sandbox.inside.turn import Turns
-from cycleqd_jax.sandbox.machines import MachineLimits, MachineLost, Machines
+from cycleqd_jax.sandbox.machines import Machine, MachineLimits, MachineLost, Machines
 
 NOBODY = 65534
 SOURCE = """
@@ -95,6 +92,19 @@ def test_a_dead_hall_is_no_agents_fault(machines):
     opened.close()
 
 
+def test_a_machine_that_proves_nothing_is_closed(machines, monkeypatch):
+    tried = []
+
+    def lost(machine, command, seconds):
+        tried.append(machine)
+        raise MachineLost("it ended")
+
+    monkeypatch.setattr(Machine, "type", lost)
+    with pytest.raises(SandboxUnavailable, match="No private machine works: it ended"):
+        Machines()
+    assert [machine._channel.fileno() for machine in tried] == [-1]
+
+
 def test_nothing_is_left_after_close(machines):
     mounts = Path("/proc/self/mountinfo").read_text()
     descriptors = len(os.listdir("/proc/self/fd"))
@@ -126,20 +136,14 @@ def test_the_end_of_a_turn_is_typed_nowhere():
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="every test of this room runs as an ordinary user")
-def test_an_ordinary_user_is_root_inside():
+def test_an_ordinary_user_is_root_inside(public_copy):
     python = "/usr/bin/python3"
     check = "import sys; sys.exit(sys.version_info < (3, 11))"
     if subprocess.run([python, "-c", check], check=False).returncode:
         pytest.skip("no Python 3.11 that an ordinary user may run")
-    with tempfile.TemporaryDirectory() as name:
-        package = Path(name, "cycleqd_jax")
-        shutil.copytree(Path(sandbox.__file__).parent, package / "sandbox")
-        (package / "__init__.py").touch()
-        for path in (Path(name), *Path(name).rglob("*")):
-            path.chmod(0o755)
-        done = subprocess.run(
-            [python, "-I", "-B", "-c", SOURCE.format(folder=name)],
-            user=NOBODY, group=NOBODY, extra_groups=[], capture_output=True, text=True, check=False,
-        )  # fmt: skip
+    done = subprocess.run(
+        [python, "-I", "-B", "-c", SOURCE.format(folder=public_copy)],
+        user=NOBODY, group=NOBODY, extra_groups=[], capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert done.stderr == ""
     assert done.stdout.startswith("False Turn(output='root\\n-rwxr-xr-x root root\\n"), done.stdout

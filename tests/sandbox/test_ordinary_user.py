@@ -1,15 +1,10 @@
 """The true root runs the other tests in CI; users are seldom root."""
 
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
-from pathlib import Path
 
 import pytest
-
-from cycleqd_jax import sandbox
 
 NOBODY = 65534
 SOURCE = """
@@ -25,17 +20,6 @@ with open_sandbox({backend!r}, Limits(seconds=20.0), workers=1) as box:
     ]):
         print(outcome.status, outcome.stdout.strip(), outcome.files)
 """
-
-
-@pytest.fixture
-def public_copy():
-    with tempfile.TemporaryDirectory() as name:
-        package = Path(name, "cycleqd_jax")
-        shutil.copytree(Path(sandbox.__file__).parent, package / "sandbox")
-        (package / "__init__.py").touch()
-        for path in (Path(name), *Path(name).rglob("*")):
-            path.chmod(0o755)
-        yield name
 
 
 def public_python():

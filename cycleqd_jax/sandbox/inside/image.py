@@ -9,7 +9,6 @@ import fnmatch
 import glob
 import os
 import shutil
-import stat
 import subprocess
 from collections.abc import Iterable
 
@@ -89,8 +88,6 @@ class _Copy:
                 shutil.copy2(path, self._root + path)
             except PermissionError:
                 return
-            mode = stat.S_IMODE(os.stat(path).st_mode)
-            os.chmod(self._root + path, mode)
             self._note_program(path)
 
     def tree(self, path: str, left_out: Iterable[str]) -> None:

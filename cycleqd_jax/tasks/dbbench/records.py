@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cycleqd_jax.tasks.benchmark import Irregular, make_records
+from cycleqd_jax.tasks.benchmark import Irregular, field_of, make_records
 
 FILES = ("standard.jsonl", "dev.jsonl")
 CHANGES = ("INSERT", "DELETE", "UPDATE")
@@ -124,39 +124,39 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _record(raw: Any, record_id: str, index: int) -> Record:
-    kind = _only(_field(raw, "type", list), "type")
+    kind = _only(field_of(raw, "type", list), "type")
     if kind not in KINDS:
         raise ValueError(f"type: expected one of {', '.join(KINDS)}, found {kind!r}")
-    labels = _field(raw, "label", list)
+    labels = field_of(raw, "label", list)
     if not labels or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"label: expected strings, found {labels!r}")
     changes = kind in CHANGES
     if changes:
         _only(labels, "label")
-    question = _field(raw, "description", str) + "\n" + _field(raw, "add_description", str)
+    question = field_of(raw, "description", str) + "\n" + field_of(raw, "add_description", str)
     return Record(
         id=record_id,
         index=index,
         kind=kind,
         question=question,
-        table=_table(_field(raw, "table", dict)),
+        table=_table(field_of(raw, "table", dict)),
         labels=tuple(labels),
-        answer_md5=_field(raw, "answer_md5", str) if changes else None,
+        answer_md5=field_of(raw, "answer_md5", str) if changes else None,
     )
 
 
 def _table(raw: dict[str, Any]) -> Table:
-    info = _field(raw, "table_info", dict)
-    name = _name(_field(raw, "table_name", str), "table_name")
+    info = field_of(raw, "table_info", dict)
+    name = _name(field_of(raw, "table_name", str), "table_name")
     columns = tuple(
-        _name(_field(column, "name", str), f"column {number}")
-        for number, column in enumerate(_field(info, "columns", list), 1)
+        _name(field_of(column, "name", str), f"column {number}")
+        for number, column in enumerate(field_of(info, "columns", list), 1)
     )
     folded = [column.casefold() for column in columns]
     if not columns or len(set(folded)) != len(columns):
         twice = next((c for c, f in zip(columns, folded, strict=True) if folded.count(f) > 1), None)
         raise ValueError(f"columns: expected different names, found {twice!r} more than once")
-    rows = _field(info, "rows", list)
+    rows = field_of(info, "rows", list)
     for number, row in enumerate(rows, 1):
         if not isinstance(row, list) or len(row) != len(columns):
             found = len(row) if isinstance(row, list) else repr(row)
@@ -183,14 +183,6 @@ def _cell(cell: Any) -> str | None:
     if isinstance(cell, int | float) and not isinstance(cell, bool):
         return str(cell)
     raise ValueError(f"expected cells that are text or numbers, found {cell!r}")
-
-
-def _field(raw: Any, name: str, kind: type) -> Any:
-    value = raw.get(name) if isinstance(raw, dict) else None
-    if not isinstance(value, kind):
-        found = "nothing" if value is None else repr(value)[:60]
-        raise ValueError(f"{name}: expected {kind.__name__}, found {found}")
-    return value
 
 
 def _only(values: list[Any], name: str) -> Any:

@@ -1,13 +1,13 @@
 """DBBench: an agent of several turns that asks or changes a database, as in AgentBench v0.2."""
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from cycleqd_jax.tasks.base import Ask, Episode, Message, Problem, Split
-from cycleqd_jax.tasks.benchmark import choose_problems, data_folder
+from cycleqd_jax.tasks.base import Ask, Episode, Message, Problem
+from cycleqd_jax.tasks.benchmark import BenchmarkTask, data_folder
 from cycleqd_jax.tasks.dbbench import prompt
 from cycleqd_jax.tasks.dbbench.backend import Backend, Session
 from cycleqd_jax.tasks.dbbench.errors import OutOfLimits
@@ -35,7 +35,7 @@ class DBBenchProblem(Problem):
 
 
 @dataclass(frozen=True)
-class DBBenchTask:
+class DBBenchTask(BenchmarkTask[DBBenchProblem]):
     """SQL agent of AgentBench v0.2.
 
     Attributes:
@@ -49,25 +49,10 @@ class DBBenchTask:
     backend: Backend
     rounds: int = 5
     name: str = "dbbench"
-    _problems: dict[str, DBBenchProblem] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        made = {record.id: make_problem(record) for record in self.records}
-        object.__setattr__(self, "_problems", made)
-
-    def problems(
-        self, split: Split, count: int, *, seed: int = 0, difficulty: int = 1
-    ) -> list[DBBenchProblem]:
-        """Choose ``count`` problems of one split; they have no difficulties to choose from.
-
-        Raises:
-            ValueError: the split has fewer problems, or there is no such split.
-        """
-        return choose_problems(self.name, self._problems.values(), split, count, seed)
-
-    def every_problem(self) -> list[DBBenchProblem]:
-        """All problems of all splits, in the order of the files."""
-        return list(self._problems.values())
+    def make_problems(self) -> Iterator[DBBenchProblem]:
+        """Make every record a problem."""
+        return map(make_problem, self.records)
 
     def episode(self, problem: Problem) -> Episode:
         """Play up to ``rounds`` statements and an answer; score 1.0 or 0.0."""

@@ -37,3 +37,8 @@ NEEDS_USERS: Mapping[str, str] = MappingProxyType(
         **dict.fromkeys(("dev/18", "dev/19", "dev/20", "dev/24"), _USERS),
     }
 )
+
+
+def not_offline(users: bool) -> Mapping[str, str]:
+    """Id and reason of every problem to leave out; ``users``: whether there are any beside root."""
+    return NOT_OFFLINE if users else {**NOT_OFFLINE, **NEEDS_USERS}

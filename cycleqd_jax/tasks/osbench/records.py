@@ -7,7 +7,7 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-from cycleqd_jax.tasks.benchmark import Irregular, make_records
+from cycleqd_jax.tasks.benchmark import Irregular, field_of, make_records
 
 CATEGORIES = ("1", "2", "3", "4", "5", "6", "7")
 LANGUAGES = ("bash", "python")
@@ -127,8 +127,8 @@ def _problems(path: Path) -> Iterator[Any]:
 
 
 def _record(raw: Any, record_id: str, index: int, kind: str) -> Record:
-    description = _field(raw, "description", str)
-    evaluation = _field(raw, "evaluation", dict)
+    description = field_of(raw, "description", str)
+    evaluation = field_of(raw, "evaluation", dict)
     create = raw.get("create")
     if not isinstance(create, dict | list | None):
         raise ValueError(f"create: expected an object, found {create!r}")
@@ -138,7 +138,7 @@ def _record(raw: Any, record_id: str, index: int, kind: str) -> Record:
     match: str | None = None
     checks: tuple[Script | None, ...] = ()
     if "match" in evaluation:
-        match = _field(evaluation, "match", str)
+        match = field_of(evaluation, "match", str)
     elif "check" in evaluation:
         checks = _scripts(evaluation["check"], "check")
     if match is None and not checks:
@@ -178,8 +178,8 @@ def _script(raw: Any, name: str) -> Script:
     if language not in LANGUAGES:
         raise ValueError(f"{name}: expected one of {', '.join(LANGUAGES)}, found {language!r}")
     if "file" in raw:
-        return Script(language, _shipped(_field(raw, "file", str), name))
-    return Script(language, _field(raw, "code", str))
+        return Script(language, _shipped(field_of(raw, "file", str), name))
+    return Script(language, field_of(raw, "code", str))
 
 
 def _shipped(file: str, name: str) -> str:
@@ -196,11 +196,3 @@ def _shipped_scripts() -> dict[str, str]:
     """The helper scripts that problems name, written anew from what they do."""
     paths = sorted(path for path in _SCRIPTS.rglob("*") if path.suffix in (".py", ".sh"))
     return {str(p.relative_to(_SCRIPTS)): p.read_text(encoding="utf-8") for p in paths}
-
-
-def _field(raw: Any, name: str, kind: type) -> Any:
-    value = raw.get(name) if isinstance(raw, dict) else None
-    if not isinstance(value, kind):
-        found = "nothing" if value is None else repr(value)[:60]
-        raise ValueError(f"{name}: expected {kind.__name__}, found {found}")
-    return value

@@ -1,17 +1,17 @@
 """OS interaction: an agent of several turns in a shell, as in AgentBench v0.2."""
 
 import os
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from cycleqd_jax.sandbox.machines import MachineLost, Machines
-from cycleqd_jax.tasks.base import Ask, Episode, Message, Problem, Split
-from cycleqd_jax.tasks.benchmark import choose_problems, data_folder
+from cycleqd_jax.tasks.base import Ask, Episode, Message, Problem
+from cycleqd_jax.tasks.benchmark import BenchmarkTask, data_folder
 from cycleqd_jax.tasks.osbench import prompt
 from cycleqd_jax.tasks.osbench.backend import Backend
-from cycleqd_jax.tasks.osbench.offline import NEEDS_USERS, NOT_OFFLINE
+from cycleqd_jax.tasks.osbench.offline import not_offline
 from cycleqd_jax.tasks.osbench.records import Record, in_paper, read_records
 from cycleqd_jax.tasks.osbench.session import SCRIPT_SECONDS, TURN_SECONDS, Session
 
@@ -47,7 +47,7 @@ class OSBenchProblem(Problem):
 
 
 @dataclass(frozen=True)
-class OSBenchTask:
+class OSBenchTask(BenchmarkTask[OSBenchProblem]):
     """Shell agent of AgentBench v0.2.
 
     Attributes:
@@ -65,25 +65,10 @@ class OSBenchTask:
     turn_seconds: float = TURN_SECONDS
     script_seconds: float = SCRIPT_SECONDS
     name: str = "osbench"
-    _problems: dict[str, OSBenchProblem] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        made = {record.id: make_problem(record) for record in self.records}
-        object.__setattr__(self, "_problems", made)
-
-    def problems(
-        self, split: Split, count: int, *, seed: int = 0, difficulty: int = 1
-    ) -> list[OSBenchProblem]:
-        """Choose ``count`` problems of one split; they have no difficulties to choose from.
-
-        Raises:
-            ValueError: the split has fewer problems, or there is no such split.
-        """
-        return choose_problems(self.name, self._problems.values(), split, count, seed)
-
-    def every_problem(self) -> list[OSBenchProblem]:
-        """All problems of all splits, in the order of the files."""
-        return list(self._problems.values())
+    def make_problems(self) -> Iterator[OSBenchProblem]:
+        """Make every record a problem."""
+        return map(make_problem, self.records)
 
     def episode(self, problem: Problem) -> Episode:
         """Play up to ``rounds`` turns; score 1.0 or 0.0."""
@@ -152,7 +137,7 @@ def open_osbench(
     )
     backend = _open_backend(docker)
     if choice == "offline":
-        left_out = {*NOT_OFFLINE, *(() if backend.users else NEEDS_USERS)}
+        left_out = not_offline(backend.users)
         records = (record for record in records if record.id not in left_out)
     elif choice == "paper":
         records = filter(in_paper, records)

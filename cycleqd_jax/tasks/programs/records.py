@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from cycleqd_jax.tasks.benchmark import Irregular, make_records
+from cycleqd_jax.tasks.benchmark import Irregular, field_of, make_records
 from cycleqd_jax.tasks.programs.answers import parse
 from cycleqd_jax.tasks.programs.oracles import Family
 from cycleqd_jax.tasks.programs.restore import restore
@@ -163,15 +163,15 @@ def _same(item: Any) -> Any:
 
 
 def _mbpp(raw: Any) -> Record:
-    return _mbpp_record(raw, _field(raw, "text", str), _text(raw, "test_setup_code"))
+    return _mbpp_record(raw, field_of(raw, "text", str), _text(raw, "test_setup_code"))
 
 
 def _sanitized(raw: Any) -> Record:
-    return _mbpp_record(raw, _field(raw, "prompt", str), "\n".join(_texts(raw, "test_imports")))
+    return _mbpp_record(raw, field_of(raw, "prompt", str), "\n".join(_texts(raw, "test_imports")))
 
 
 def _mbpp_record(raw: Any, text: str, setup: str) -> Record:
-    number = _field(raw, "task_id", int)
+    number = field_of(raw, "task_id", int)
     split = next((s for s, (first, last) in _OFFICIAL.items() if first <= number <= last), None)
     if split is None:
         raise ValueError(f"task_id: expected 1 to {_OFFICIAL['train'][1]}, found {number}")
@@ -201,7 +201,7 @@ def _mbpp_plus(raw: Any) -> Record:
         family="mbpp",
         text=text,
         asserts=(),
-        function=_field(raw, "entry_point", str),
+        function=field_of(raw, "entry_point", str),
         stub="",
         reference=text + _text(raw, "canonical_solution"),
         tests=_inputs(raw, lambda arguments: restore(number, arguments)),
@@ -209,7 +209,7 @@ def _mbpp_plus(raw: Any) -> Record:
 
 
 def _humaneval(raw: Any) -> Record:
-    function = _field(raw, "entry_point", str)
+    function = field_of(raw, "entry_point", str)
     return _humaneval_record(raw, Statements(f"{_text(raw, 'test')}\ncheck({function})\n"))
 
 
@@ -224,7 +224,7 @@ def _humaneval_record(raw: Any, tests: Statements | Inputs) -> Record:
         family="humaneval",
         text=stub,
         asserts=(),
-        function=_field(raw, "entry_point", str),
+        function=field_of(raw, "entry_point", str),
         stub=stub,
         reference=stub + _text(raw, "canonical_solution"),
         tests=tests,
@@ -253,7 +253,7 @@ def _inputs(raw: Any, restored: Callable[[list[Any]], tuple[Any, ...]]) -> Input
             raise ValueError(f"{name}: expected this problem's arguments, found {error}") from error
     if not groups[0]:
         raise ValueError("base_input: expected a list of argument lists, found none")
-    tolerance = _field(raw, "atol", int | float)
+    tolerance = field_of(raw, "atol", int | float)
     base, plus = groups
     return Inputs(base, plus, float(tolerance))
 
@@ -292,7 +292,7 @@ def _calls(function: str, tests: Sequence[str]) -> tuple[str, ...]:
 
 
 def _number(raw: Any, family: str) -> int:
-    task_id = _field(raw, "task_id", str)
+    task_id = field_of(raw, "task_id", str)
     found = re.fullmatch(rf"{family}/(\d+)", task_id)
     if found is None:
         raise ValueError(f"task_id: expected {family}/NUMBER, found {task_id!r}")
@@ -300,11 +300,11 @@ def _number(raw: Any, family: str) -> int:
 
 
 def _text(raw: Any, name: str) -> str:
-    return _unix(_field(raw, name, str))
+    return _unix(field_of(raw, name, str))
 
 
 def _texts(raw: Any, name: str) -> tuple[str, ...]:
-    values = _field(raw, name, list)
+    values = field_of(raw, name, list)
     if not all(isinstance(value, str) for value in values):
         raise ValueError(f"{name}: expected texts, found {values!r:.60}")
     return tuple(map(_unix, values))
@@ -313,12 +313,3 @@ def _texts(raw: Any, name: str) -> tuple[str, ...]:
 def _unix(text: str) -> str:
     text.encode()  # a lone surrogate is an error
     return text.replace("\r\n", "\n")
-
-
-def _field(raw: Any, name: str, kind: Any) -> Any:
-    value = raw.get(name) if isinstance(raw, dict) else None
-    if not isinstance(value, kind) or isinstance(value, bool):
-        expected = getattr(kind, "__name__", str(kind))
-        found = "nothing" if value is None else repr(value)[:60]
-        raise ValueError(f"{name}: expected {expected}, found {found}")
-    return value

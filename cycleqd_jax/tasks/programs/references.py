@@ -6,12 +6,11 @@ another version of the runner and it is run again. It is JSON, and read as data.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from cycleqd_jax.atomic import write_text_atomic
 from cycleqd_jax.sandbox import Job, Outcome, Sandbox, open_sandbox
 from cycleqd_jax.tasks.programs.judging import LIMITS, Suite, call_job, read_calls, record_job
 from cycleqd_jax.tasks.programs.records import Inputs, Record, Statements
@@ -82,8 +81,8 @@ def _recorded(outcome: Outcome) -> tuple[object, ...]:
 
 def _run(jobs: Sequence[Job], cache: Path | None, sandbox: Sandbox | None) -> list[Outcome]:
     entry = cache and cache / "references" / f"{_fingerprint(jobs)}.json"
-    if entry and entry.exists():
-        texts = json.loads(entry.read_text(encoding="utf-8"))
+    texts = _kept(entry) if entry else None
+    if texts is not None:
         return [Outcome("ok", 0, text, "") for text in texts]
     with ExitStack() as stack:
         if sandbox is None:
@@ -91,8 +90,18 @@ def _run(jobs: Sequence[Job], cache: Path | None, sandbox: Sandbox | None) -> li
         outcomes = sandbox.run(jobs)
     # What failed may have met a busy machine: it is not kept.
     if entry and all(outcome.status == "ok" for outcome in outcomes):
-        _write(entry, json.dumps([outcome.stdout for outcome in outcomes]))
+        entry.parent.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(entry, json.dumps([outcome.stdout for outcome in outcomes]))
     return outcomes
+
+
+def _kept(entry: Path) -> list[str] | None:
+    """The texts of an entry; None where there is none, or one that is no JSON any more."""
+    try:
+        texts: list[str] = json.loads(entry.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+    return texts
 
 
 def _fingerprint(jobs: Sequence[Job]) -> str:
@@ -101,13 +110,3 @@ def _fingerprint(jobs: Sequence[Job]) -> str:
         digest.update(hashlib.blake2b(job.source.encode()).digest())
         digest.update(hashlib.blake2b(job.stdin.encode()).digest())
     return digest.hexdigest()
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # Under its name it is whole, whoever else writes it at the same time.
-    with tempfile.NamedTemporaryFile(
-        "w", dir=path.parent, delete=False, encoding="utf-8", prefix=".writing-"
-    ) as file:
-        file.write(text)
-    os.replace(file.name, path)

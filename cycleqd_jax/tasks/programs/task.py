@@ -1,14 +1,14 @@
 """MBPP, MBPP+, HumanEval and HumanEval+: write a function; tests decide."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from cycleqd_jax.cache import default_cache
 from cycleqd_jax.sandbox.base import Limits, Sandbox
 from cycleqd_jax.tasks.base import Ask, Episode, Message, Problem, Split
-from cycleqd_jax.tasks.benchmark import Irregular, choose_problems, data_folder
+from cycleqd_jax.tasks.benchmark import BenchmarkTask, Irregular, choose_problems, data_folder
 from cycleqd_jax.tasks.programs import prompt
 from cycleqd_jax.tasks.programs.judging import LIMITS, Suite, Verdict, judge, judge_all
 from cycleqd_jax.tasks.programs.records import FILES, Name, OfficialSplit, Record, read_records
@@ -36,7 +36,7 @@ class ProgramProblem(Problem):
 
 
 @dataclass(frozen=True)
-class ProgramTask:
+class ProgramTask(BenchmarkTask[ProgramProblem]):
     """One public benchmark of programs.
 
     Attributes:
@@ -54,14 +54,11 @@ class ProgramTask:
     style: prompt.Style = "published"
     base_only: bool = False
     limits: Limits = LIMITS
-    _problems: dict[str, ProgramProblem] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        made = {
-            record.id: make_problem(record, suites, self.name, self.style)
-            for record, suites in zip(self.records, self.suites, strict=True)
-        }
-        object.__setattr__(self, "_problems", made)
+    def make_problems(self) -> Iterator[ProgramProblem]:
+        """Make every record with its suites a problem."""
+        for record, suites in zip(self.records, self.suites, strict=True):
+            yield make_problem(record, suites, self.name, self.style)
 
     def problems(
         self, split: Split, count: int, *, seed: int = 0, difficulty: int = 1
@@ -77,7 +74,7 @@ class ProgramTask:
         """
         allowed = [
             problem
-            for problem in self._problems.values()
+            for problem in self._problems
             if split == "test" or problem.record.split != "test"
         ]
         return choose_problems(self.name, allowed, split, count, seed)
@@ -88,18 +85,14 @@ class ProgramTask:
         Raises:
             ValueError: they made no such split; MBPP's alone have any.
         """
-        found = [p for p in self._problems.values() if p.record.split == split]
+        found = [p for p in self._problems if p.record.split == split]
         if not found:
-            known = sorted({p.record.split or "none" for p in self._problems.values()})
+            known = sorted({p.record.split or "none" for p in self._problems})
             raise ValueError(
                 f"task {self.name}: expected one of its authors' splits ({', '.join(known)}), "
                 f"found {split!r}"
             )
         return found
-
-    def every_problem(self) -> list[ProgramProblem]:
-        """All problems of all splits, in the order of the file."""
-        return list(self._problems.values())
 
     def episode(self, problem: Problem) -> Episode:
         """Ask once, run the tests; score 1.0 or 0.0: pass@1, plus where there are such tests."""

@@ -6,36 +6,28 @@ from pathlib import Path
 import pytest
 
 from cycleqd_jax.sandbox.machines import Machines
-from cycleqd_jax.tasks.base import Ask
-from cycleqd_jax.tasks.osbench import prompt
-from cycleqd_jax.tasks.osbench.offline import NEEDS_USERS, NOT_OFFLINE
+from cycleqd_jax.tasks.base import Ask, Request
+from cycleqd_jax.tasks.osbench.offline import not_offline
 from cycleqd_jax.tasks.osbench.records import Record, read_records
-from cycleqd_jax.tasks.osbench.task import OSBenchTask, make_problem
+from cycleqd_jax.tasks.osbench.task import OSBenchTask
+from cycleqd_jax.tasks.policies import ideal_policy
 
 from .conftest import drive
 
 
-def speak(record: Record, first: bool, heard: str) -> str:
-    if record.example and first:
-        return prompt.write_bash(record.example.code)
-    if record.match is not None:
-        return prompt.write_commit(record.match)
-    lines = heard.splitlines()
-    return prompt.write_commit(lines[-1] if len(lines) > 1 else None)
-
-
 def play(record: Record, machines: Machines, mute: bool = False) -> float:
     task = OSBenchTask((record,), machines, turn_seconds=60.0, script_seconds=60.0)
+    (problem,) = task.every_problem()
+    ideal = ideal_policy([problem])
 
     def say(ask: Ask) -> str:
-        first = len(ask.messages) == len(prompt.opening(""))
-        return "Act: finish" if mute else speak(record, first, ask.messages[-1].content)
+        return "Act: finish" if mute else ideal.speak(Request(0, ask.messages))
 
-    return drive(task.episode(make_problem(record)), say)
+    return drive(task.episode(problem), say)
 
 
 def offline(folder: Path, machines: Machines) -> list[Record]:
-    left_out = {*NOT_OFFLINE, *(() if machines.users else NEEDS_USERS)}
+    left_out = not_offline(machines.users)
     return [record for record in read_records(folder) if record.id not in left_out]
 
 

@@ -122,10 +122,15 @@ def test_references_run_once_and_again_when_something_changed(
     assert counting.hits + counting.misses == jobs
     assert open_programs(name, folder, cache=cache, sandbox=counting) == first
     assert counting.hits + counting.misses == jobs
+    for entry in cache.rglob("*.json"):
+        entry.write_text(entry.read_text()[:-3])
+    for _ in range(2):  # what is damaged is run again and replaced
+        assert open_programs(name, folder, cache=cache, sandbox=counting) == first
+        assert counting.hits + counting.misses == 2 * jobs
     write_files(tmp_path, MBPP_PLUS={"canonical_solution": "\ndef pair(x): return x"},
                 HUMANEVAL={"canonical_solution": "    return sum(xs) / len(xs) + 0\n"})  # fmt: skip
     open_programs(name, folder, cache=cache, sandbox=counting)
-    assert counting.hits + counting.misses == 2 * jobs
+    assert counting.hits + counting.misses == 3 * jobs
 
 
 def test_a_reference_that_fails_is_named(tmp_path: Path, sandbox: Sandbox) -> None:
