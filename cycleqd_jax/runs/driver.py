@@ -1,5 +1,6 @@
 """One run from start to finish: prepare, search, choose, test, report."""
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -17,10 +18,10 @@ from cycleqd_jax.runs.compatibility import compatibility_report, compatibility_t
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.evaluate import Evaluator, Problems
 from cycleqd_jax.runs.export import Measured, ModelCard, export_model
-from cycleqd_jax.runs.files import read_json, write_json_atomic
+from cycleqd_jax.runs.files import read_json, to_json, write_json_atomic
 from cycleqd_jax.runs.finalists import Choice, Finals, choose_finals, choose_uniform
-from cycleqd_jax.runs.folder import RunFolder
-from cycleqd_jax.runs.hosts import ALONE, Hosts
+from cycleqd_jax.runs.folder import RunFolder, differing_keys
+from cycleqd_jax.runs.hosts import ALONE, Hosts, HostsError
 from cycleqd_jax.runs.lineage import FamilyTree, read_births
 from cycleqd_jax.runs.monitor import Monitor, draw_run
 from cycleqd_jax.runs.needs import default_mesh
@@ -96,7 +97,7 @@ def evolve(
             if folder is not None:
                 _show(console, done, folder)
             return done
-        hosts.agree(_settings(config), "settings", "start the same command on all of them")
+        _agree_on_settings(hosts, config)
         clock = Clock()
         shape = mesh or default_mesh(config)
         if shape != (1, 1):
@@ -150,9 +151,17 @@ def evolve(
         return result
 
 
-def _settings(config: RunConfig) -> dict[str, Any]:
-    """What has to be the same on all hosts; their models may lie elsewhere."""
-    return {**config.to_json(), "base": None, "experts": list(config.experts)}
+def _agree_on_settings(hosts: Hosts, config: RunConfig) -> None:
+    """Refuse hosts with other settings than process 0; their models may lie elsewhere."""
+    own = to_json({**config.to_json(), "base": None, "experts": list(config.experts)}, "settings")
+    first, *others = hosts.gather(json.dumps(own), "settings")
+    for number, found in enumerate(others, start=1):
+        if differing := differing_keys(json.loads(found), json.loads(first)):
+            raise HostsError(
+                f"process {number} was started with other settings than process 0:\n"
+                + "".join(f"  {line}\n" for line in differing)
+                + "Start the same command on every host"
+            )
 
 
 def _agree_on_models(hosts: Hosts, workspace: Workspace) -> None:

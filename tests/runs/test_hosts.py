@@ -56,13 +56,15 @@ class Runs:
 
     def finish(self, run: Path, count: int) -> str:
         """Run to the end; the digest of the repertoire, the same in all processes."""
-        digests = set()
-        for process, started in enumerate(self.start(run, count)):
-            printed, _ = started.communicate(timeout=300)
-            assert started.returncode == 0, self.errors(process)
-            digests |= {line for line in printed.splitlines() if line.startswith("repertoire")}
-        assert len(digests) == 1
-        return digests.pop()
+        started = self.start(run, count)
+        printed = [each.communicate(timeout=300)[0] for each in started]
+        for process, each in enumerate(started):
+            assert each.returncode == 0, self.errors(process)
+        lines = [line for text in printed for line in text.splitlines()]
+        digests = [line for line in lines if line.startswith("repertoire")]
+        assert len(digests) == count
+        assert len(set(digests)) == 1
+        return digests[0]
 
     def log(self, process: int) -> Path:
         return self.folder / f"log-{process}.txt"
