@@ -12,8 +12,10 @@ import jax
 import numpy as np
 import pytest
 
-from cycleqd_jax.models.convert import load_model
+from cycleqd_jax.models.convert import load_model, save_model
+from cycleqd_jax.models.llama import init_params
 from cycleqd_jax.runs.config import RunConfig
+from cycleqd_jax.runs.family import Family
 from cycleqd_jax.runs.files import read_json, write_json_atomic
 from cycleqd_jax.runs.jsonl import read_jsonl
 
@@ -46,10 +48,27 @@ class Runs:
 
 
 @pytest.fixture(scope="module")
-def runs(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def runs(config: RunConfig, family: Family, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Runs of a family like the others' tiny one, but with two key heads, that can be split."""
+    folder = tmp_path_factory.mktemp("meshes")
+    architecture = replace(
+        load_model(family.base)[0], num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8
+    )
+    base, *changes = (init_params(jax.random.key(seed), architecture) for seed in range(4))
+    save_model(folder / "base", architecture, base, like=family.base)
+    for name, change in zip(config.experts, changes, strict=True):
+        expert = jax.tree.map(lambda weight, step: weight + 0.3 * step, base, change)
+        save_model(folder / name, architecture, expert, like=family.base)
     # Six children: eight devices do not divide them.
-    settings = replace(config, generations=3, children=6, checkpoint_every=1)
-    return Runs(settings, tmp_path_factory.mktemp("meshes"))
+    settings = replace(
+        config,
+        base=str(folder / "base"),
+        experts={name: str(folder / name) for name in config.experts},
+        generations=2,
+        children=6,
+        checkpoint_every=1,
+    )
+    return Runs(settings, folder)
 
 
 @pytest.fixture(scope="module")
