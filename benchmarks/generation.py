@@ -18,8 +18,8 @@ every generation without remembering what programs did before.
 
 Generation 1, in which both warm up and ours compiles, is not counted. From then on they take turns,
 a generation each; the medians count. The limit is the arithmetic that cannot be avoided, at the
-rate of a large product measured in the same run: every matrix once for every token that ours
-generated and for every token that the environments said.
+rate of a large product measured in the same run: every matrix once for every token of every
+episode's conversation, the head once for every token that was chosen.
 """
 
 import argparse
@@ -57,6 +57,7 @@ from cycleqd_jax.runs.family import FamilyConfig, make_family
 from cycleqd_jax.runs.folder import RunFolder
 from cycleqd_jax.runs.lineage import Birth, read_births
 from cycleqd_jax.runs.monitor import Monitor
+from cycleqd_jax.runs.policy import Conversations
 from cycleqd_jax.runs.release import PastRun
 from cycleqd_jax.runs.search import Search
 from cycleqd_jax.runs.transcripts import read_transcripts, transcript_file
@@ -64,9 +65,10 @@ from cycleqd_jax.runs.transformers_policy import TransformersPolicy
 from cycleqd_jax.runs.watch import Watch
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import Job, MemoSandbox, Outcome, Sandbox, open_sandbox
+from cycleqd_jax.tasks.base import Request
 from cycleqd_jax.tasks.registry import TASKS, make_tasks
 from cycleqd_jax.tasks.rollout import rollout
-from cycleqd_jax.tasks.transcript import Transcript
+from cycleqd_jax.tasks.transcript import Transcript, Turn
 
 PHASES = ("child", "decode", "environments", "archive", "logs and checkpoint")
 
@@ -90,7 +92,7 @@ def main() -> None:
                 pipeline = Pipeline(workspace, sandbox, folder, Path(scratch) / "models")
                 turns = Turns(workspace, folder, evaluator, sandbox, pipeline)
                 Search(workspace, evaluator, folder, turns).run()
-    write_rows(options.json, [report(turns, config, workspace)])
+    write_rows(options.json, [report(turns, workspace)])
 
 
 def quickstart(generations: int) -> RunConfig:
@@ -148,7 +150,7 @@ class Turns(Monitor):
         ours: seconds of the phases of every generation, the first one not among them.
         peers: the same for the peer.
         first: seconds of generation 1, which compiles.
-        tokens: prompt and generated tokens of every generation, as ours counts them.
+        played: what happened in every generation of ours.
         compiled: programs that were compiled after generation 1.
         episodes: how many were compared.
         different: how many of them were not the same to the letter.
@@ -166,7 +168,7 @@ class Turns(Monitor):
         self._evaluator, self._sandbox, self._pipeline = evaluator, sandbox, pipeline
         self.ours: list[dict[str, float]] = []
         self.peers: list[dict[str, float]] = []
-        self.tokens: list[tuple[int, int]] = []
+        self.played: list[list[Transcript]] = []
         self.first = 0.0
         self.compiled = 0
         self.episodes, self.different = 0, 0
@@ -179,7 +181,7 @@ class Turns(Monitor):
     def step(self, row: Mapping[str, Any], repertoire: CyclicRepertoire, *rest: Any) -> bool:
         stop = super().step(row, repertoire, *rest)
         seconds = time.perf_counter() - self._started
-        stats, generation = self._evaluator.decoder.stats, row["generation"]
+        generation = row["generation"]
         if generation == 1:
             self.first = seconds
             self._pipeline.play(generation, repertoire, children=1)
@@ -187,12 +189,6 @@ class Turns(Monitor):
             phases = [row["seconds"][name] for name in ("emit", "model", "sandbox", "add")]
             self.ours.append(dict(zip(PHASES, [*phases, seconds - sum(phases)], strict=True)))
             self.compiled += self._evaluator.decoder.traces - self._traces
-            self.tokens.append(
-                (
-                    stats.prefill_tokens - self._stats.prefill_tokens,
-                    stats.generated_tokens - self._stats.generated_tokens,
-                )
-            )
             self._sandbox.forget()
             phases_of_peer, transcripts = self._pipeline.play(generation, repertoire)
             self.peers.append(phases_of_peer)
@@ -204,7 +200,7 @@ class Turns(Monitor):
 
     def _begin(self) -> None:
         self._sandbox.forget()
-        self._stats, self._traces = self._evaluator.decoder.stats, self._evaluator.decoder.traces
+        self._traces = self._evaluator.decoder.traces
         self._started = time.perf_counter()
 
     def _compare(self, generation: int, theirs: Sequence[Transcript]) -> None:
@@ -213,9 +209,9 @@ class Turns(Monitor):
         found = {(t.task, t.problem, t.candidate): t for t in theirs}
         if len(found) != len(ours):
             raise SystemExit(f"{phase}: ours played {len(ours)} episodes, the peer {len(found)}")
-        for one in ours:
-            self.episodes += 1
-            self.different += found[one.task, one.problem, one.candidate] != one
+        self.played.append(ours)
+        self.episodes += len(ours)
+        self.different += sum(found[t.task, t.problem, t.candidate] != t for t in ours)
 
 
 class Pipeline:
@@ -384,33 +380,64 @@ def ids_of(repertoire: CyclicRepertoire) -> list[list[int]]:
     return [sorted(ids[archive[archive >= 0]].tolist()) for archive in cells]
 
 
-def report(turns: Turns, config: RunConfig, workspace: Workspace) -> dict[str, Any]:
+def report(turns: Turns, workspace: Workspace) -> dict[str, Any]:
     """Print what was measured and return the row."""
     ours, peer = (
         {phase: statistics.median(g[phase] for g in found) for phase in PHASES}
         for found in (turns.ours, turns.peers)
     )
-    totals = [
+    own, theirs = (
         statistics.median(sum(g.values()) for g in found) for found in (turns.ours, turns.peers)
-    ]
-    prompts, generated = (statistics.median(column) for column in zip(*turns.tokens, strict=True))
-    print(f"{turns.episodes} episodes, {turns.different} differ; tokens {prompts} {generated}")
-    print(f"first {turns.first:.1f} s, compiled later {turns.compiled}")
-    for phase in PHASES:
-        print(f"{phase:22s} {ours[phase]:8.3f} s {peer[phase]:8.3f} s")
-    print(f"{'generation':22s} {totals[0]:8.3f} s {totals[1]:8.3f} s")
+    )
+    children = workspace.config.children
+    work = statistics.median(operations(workspace, played) for played in turns.played)
     rate = matmul_rate()
-    own, theirs = (60 * config.children / seconds for seconds in totals)
-    return row(
+    print(
+        f"{turns.episodes} episodes of {len(turns.ours)} generations in both: "
+        f"{turns.different} differ; generation 1 of ours took {turns.first:.1f} s, "
+        f"{turns.compiled} programs were compiled after it"
+    )
+    print(f"{'seconds a generation':22s} {'ours':>8s} {'peer':>8s}")
+    for phase in PHASES:
+        print(f"{phase:22s} {ours[phase]:8.3f} {peer[phase]:8.3f}")
+    print(f"{'all':22s} {own:8.3f} {theirs:8.3f}")
+    found = row(
         "generation, quickstart family",
-        own,
-        theirs,
+        60 * children / own,
+        60 * children / theirs,
         "published pipeline, torch",
         "children/min",
-        None,
+        60 * children * rate / work,
         more_is_better=True,
         seconds={"ours": ours, "peer": peer},
+        different_episodes=turns.different / turns.episodes,
     )
+    print(
+        f"{found['ours']:.0f} children a minute against {found['peer']:.0f}: "
+        f"{found['ratio']:.2f} times as many"
+    )
+    print(
+        f"limit {found['limit']:.0f}: {work / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s take "
+        f"{work / rate:.2f} s, {work / rate / ours['decode']:.0%} of what ours decodes in"
+    )
+    return found
+
+
+def operations(workspace: Workspace, played: Sequence[Transcript]) -> float:
+    """Multiplications and additions that episodes need: every conversation read and said once."""
+    config, tokenizer = workspace.architecture, workspace.tokenizer
+    turns = [[step for step in one.steps if isinstance(step, Turn)] for one in played]
+    # The last turn's messages hold what was said in the turns before.
+    read = Conversations(tokenizer).render([Request(0, spoken[-1].messages) for spoken in turns])
+    answers = tokenizer([turn.answer for spoken in turns for turn in spoken])["input_ids"]
+    last = tokenizer([spoken[-1].answer for spoken in turns])["input_ids"]
+    table = jax.tree.leaves(leaf_table(config).layers)
+    body = sum(np.prod(spec.full_shape(config.num_layers)) for spec in table)
+    head = config.hidden_size * config.vocab_size
+    through = sum(map(len, read)) + sum(map(len, last))
+    # The token that ends an answer is chosen too.
+    chosen = sum(map(len, answers)) + len(answers)
+    return 2.0 * float(body * through + head * chosen)
 
 
 if __name__ == "__main__":
