@@ -3,18 +3,18 @@
     python benchmarks/generation.py [--generations 3] [--json FILE]
 
 Ours is a run's own loop (`runs.search.Search`) with the quickstart's settings: 16 children are
-bred, play 32 problems of each of the three tasks, and are offered to all archives, with logs,
-transcripts and a checkpoint after every generation. The peer is the published pipeline (Kuroki et
-al., arXiv 2410.14735) written from its description, full weights in torch, one child after the
-other: it loads two parents from disk, merges their task vectors, adds the scaled directions of one
-expert, puts the weights into a `transformers` model, plays the same problems with `generate` (all
-live episodes of the child in one batch, greedy, with a KV cache, on all cores), and offers the
-child to every archive; a child that enters one is written to disk.
+bred, play 32 problems of each of the three tasks, and are offered to all archives, with logs and a
+checkpoint as in a run (every tenth generation: a tenth of its time is counted). The peer is the
+published pipeline (Kuroki et al., arXiv 2410.14735) written from its description, full weights in
+torch, one child after the other: it loads two parents from disk, merges their task vectors, adds
+the scaled directions of one expert, puts the weights into a `transformers` model, plays the same
+problems with `generate` (all live episodes of the child in one batch, greedy, with a KV cache, on
+all cores), and offers the child to every archive; a child that enters one is written to disk.
 
 Both do the same work. The peer is given what ours drew (parents, merge weights, scales), so its
-children are the same models; every transcript of every episode is compared, every score, and the
-archives afterwards. Drawing costs the peer nothing. Both play in the same sandbox, and both begin
-every generation without remembering what programs did before.
+children are the same models; the transcripts of all episodes (ours of a second play, not timed),
+the scores and the archives are compared. Drawing costs the peer nothing. Both play in the same
+sandbox, and both begin every generation without remembering what programs did before.
 
 Generation 1, in which both warm up and ours compiles, is not counted. From then on they take turns,
 a generation each; the medians count. The limit is the arithmetic that cannot be avoided, at the
@@ -70,7 +70,7 @@ from cycleqd_jax.tasks.registry import TASKS, make_tasks
 from cycleqd_jax.tasks.rollout import rollout
 from cycleqd_jax.tasks.transcript import Transcript, Turn
 
-PHASES = ("child", "decode", "environments", "archive", "logs and checkpoint")
+PHASES = ("child", "decode", "environments", "archive", "rest", "checkpoint")
 
 
 def main() -> None:
@@ -87,16 +87,18 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
         with Forgetful(open_sandbox(config.sandbox)) as sandbox:
-            evaluator = Evaluator(workspace, sandbox, out / "transcripts")
+            evaluator = Evaluator(workspace, sandbox)
+            recorder = Evaluator(workspace, sandbox, out / "transcripts")
             with RunFolder.open(out, config.to_json()) as folder:
                 pipeline = Pipeline(workspace, sandbox, folder, Path(scratch) / "models")
-                turns = Turns(workspace, folder, evaluator, sandbox, pipeline)
+                turns = Turns(workspace, folder, evaluator, recorder, sandbox, pipeline)
                 Search(workspace, evaluator, folder, turns).run()
+                turns.finish()
     write_rows(options.json, [report(turns, workspace)])
 
 
 def quickstart(generations: int) -> RunConfig:
-    """The settings of `experiments/quickstart.py`, but for a checkpoint every generation."""
+    """The settings of `experiments/quickstart.py`, with another number of generations."""
     tasks = tuple(TASKS)
     family = make_family(default_cache(), FamilyConfig(tasks=tasks), make_tasks(tasks))
     return RunConfig(
@@ -113,7 +115,6 @@ def quickstart(generations: int) -> RunConfig:
             alpha_low=0.1,
             alpha_high=1.0,
         ),
-        checkpoint_every=1,
     )
 
 
@@ -161,11 +162,13 @@ class Turns(Monitor):
         workspace: Workspace,
         folder: RunFolder,
         evaluator: Evaluator,
+        recorder: Evaluator,
         sandbox: Forgetful,
         pipeline: "Pipeline",
     ) -> None:
         super().__init__(Watch(), folder, workspace.config.tasks, workspace.config.to_json())
-        self._evaluator, self._sandbox, self._pipeline = evaluator, sandbox, pipeline
+        self._workspace, self._evaluator, self._recorder = workspace, evaluator, recorder
+        self._sandbox, self._pipeline = sandbox, pipeline
         self.ours: list[dict[str, float]] = []
         self.peers: list[dict[str, float]] = []
         self.played: list[list[Transcript]] = []
@@ -187,7 +190,8 @@ class Turns(Monitor):
             self._pipeline.play(generation, repertoire, children=1)
         else:
             phases = [row["seconds"][name] for name in ("emit", "model", "sandbox", "add")]
-            self.ours.append(dict(zip(PHASES, [*phases, seconds - sum(phases)], strict=True)))
+            own = [*phases, seconds - sum(phases), 0.0]
+            self.ours.append(dict(zip(PHASES, own, strict=True)))
             self.compiled += self._evaluator.decoder.traces - self._traces
             self._sandbox.forget()
             phases_of_peer, transcripts = self._pipeline.play(generation, repertoire)
@@ -198,6 +202,12 @@ class Turns(Monitor):
         self._begin()
         return stop
 
+    def finish(self) -> None:
+        """Count the checkpoint that the run has ended with."""
+        config = self._workspace.config
+        for phases in self.ours:
+            phases["checkpoint"] = (time.perf_counter() - self._started) / config.checkpoint_every
+
     def _begin(self) -> None:
         self._sandbox.forget()
         self._traces = self._evaluator.decoder.traces
@@ -205,6 +215,14 @@ class Turns(Monitor):
 
     def _compare(self, generation: int, theirs: Sequence[Transcript]) -> None:
         phase = f"generation-{generation:06d}"
+        births = read_births(self._folder.lineage_file)
+        ids = [birth.id for birth in births if birth.generation == generation]
+        gains = PastRun(self._folder.path).rebuild(self._workspace, ids)
+        problems = self._pipeline.problems
+        scores = self._recorder.population(gains, problems, phase=phase).scores
+        logged = [list(births[id].scores.values()) for id in ids]
+        if not np.array_equal(scores, np.asarray(logged, np.float32)):
+            raise SystemExit(f"{phase}: ours scores its children otherwise when they play again")
         ours = read_transcripts(transcript_file(self._folder.path / "transcripts", phase))
         found = {(t.task, t.problem, t.candidate): t for t in theirs}
         if len(found) != len(ours):
@@ -222,6 +240,9 @@ class Pipeline:
         sandbox: where programs run.
         folder: the run whose draws are followed.
         models: where the elites' weights are, a folder each.
+
+    Attributes:
+        problems: that every child plays.
     """
 
     def __init__(
@@ -235,7 +256,7 @@ class Pipeline:
             models,
         )
         models.mkdir()
-        self._problems = workspace.problems("search", config.problems, config.seed)
+        self.problems = workspace.problems("search", config.problems, config.seed)
         self._peer = Peer(Path(config.base), (), {})
         self._factors = [expert_factors(workspace, e) for e in range(len(config.experts))]
         self._model = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32).eval()
@@ -279,7 +300,7 @@ class Pipeline:
             bred = time.perf_counter()
             played = rollout(
                 self._workspace.tasks,
-                self._problems,
+                self.problems,
                 1,
                 self._policy,
                 self._sandbox,

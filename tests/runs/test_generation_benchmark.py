@@ -28,7 +28,7 @@ def generation(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_both_pipelines_score_the_same_children_alike(
     generation: Any, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tiny = replace(config, rank=4, checkpoint_every=1)
+    tiny = replace(config, rank=4)
     monkeypatch.setattr(generation, "quickstart", lambda count: replace(tiny, generations=count))
     monkeypatch.setenv("CYCLEQD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
