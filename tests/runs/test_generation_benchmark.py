@@ -4,12 +4,17 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from cycleqd_jax.qd.presets import DEFAULT
+from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.runs.config import RunConfig
+from cycleqd_jax.runs.lineage import Birth
 
 pytest.importorskip("torch")
 
@@ -43,28 +48,23 @@ def test_both_pipelines_score_the_same_children_alike(
         assert set(row["seconds"][side]) == set(generation.PHASES)
 
 
-def test_the_peers_archives_keep_who_ours_would(generation: Any, config: RunConfig) -> None:
-    from types import SimpleNamespace
-
-    import jax.numpy as jnp
-
-    from cycleqd_jax.qd.repertoire import CyclicRepertoire
-    from cycleqd_jax.runs.lineage import Birth
-
+def test_the_peers_archives_keep_who_ours_would(generation: Any) -> None:
     # Coarse scores, so that cells are contested and ties happen.
     scores = np.random.default_rng(0).integers(0, 9, (60, 3)).astype(np.float32) / 8
     births = [
         Birth(i, (), None, 0 if i < 3 else 1, dict(zip("abc", map(float, row), strict=True)))
         for i, row in enumerate(scores)
     ]
-    archives = generation.Archives(SimpleNamespace(config=config), births)
+    preset = replace(DEFAULT, bins=5)
+    workspace = SimpleNamespace(config=SimpleNamespace(preset=preset))
+    archives = generation.Archives(workspace, births)
     for birth in births:
         archives.add(birth.id, list(birth.scores.values()))
     ours = CyclicRepertoire.init(
         genotypes=jnp.zeros((60, 1)),
         fitnesses=jnp.asarray(scores),
         descriptors=jnp.asarray(scores),
-        centroids=config.preset.build_grid(scores[:3]),
+        centroids=preset.build_grid(scores[:3]),
         extra_scores={"id": jnp.arange(60)},
         keys_extra_scores=("id",),
     )
