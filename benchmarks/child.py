@@ -23,7 +23,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,7 @@ def compare(
 ) -> list[dict[str, Any]]:
     base = make_models(folder, rank)
     basis, factors = decompose_experts(folder, base, rank)
-    peer = Peer(folder, factors)
+    peer = Peer(folder / "base", [folder / f"expert{e}" for e in range(2)], factors)
     ours = Ours(base, basis)
     check_agreement(ours, peer)
     runs: dict[str, Callable[[], Any]] = {
@@ -164,14 +164,19 @@ def decompose_experts(folder: Path, base: Any, rank: int | None) -> tuple[Any, d
         stack = tau if spec.stacked else tau[None]
         u, v, _ = factorise(stack, np.zeros(stack.shape[0], np.float32), None)
         for layer, name in enumerate(spec.hf_names(CONFIG.num_layers)):
-            sides = [torch.from_numpy(np.array(x[layer])) for x in (u, v)]
-            if spec.transpose:
-                sides.reverse()
-            sizes = [torch.linalg.vector_norm(side, dim=0) for side in sides]
-            left, right = (side / size for side, size in zip(sides, sizes, strict=True))
-            parts = (left, sizes[0] * sizes[1], right)
-            factors[name] = tuple(part.bfloat16().contiguous() for part in parts)
+            parts = triplets(u[layer], v[layer], spec.transpose)
+            factors[name] = tuple(part.bfloat16() for part in parts)
     return basis, factors
+
+
+def triplets(u: Any, v: Any, transpose: bool) -> tuple[torch.Tensor, ...]:
+    """Directions ``u_i v_i^T`` of a matrix as U, S, V of the file's tensor, in float32."""
+    sides = [torch.from_numpy(np.array(x)) for x in (u, v)]
+    if transpose:
+        sides.reverse()
+    sizes = [torch.linalg.vector_norm(side, dim=0) for side in sides]
+    left, right = (side / size for side, size in zip(sides, sizes, strict=True))
+    return left.contiguous(), sizes[0] * sizes[1], right.contiguous()
 
 
 class Ours:
@@ -208,16 +213,19 @@ class Ours:
 
 
 class Peer:
-    """The published procedure, from its description; the models stay Hugging Face folders."""
+    """The published procedure, from its description; the models stay Hugging Face folders.
 
-    def __init__(self, folder: Path, factors: dict[str, Any]) -> None:
-        self.folders = [folder / f"expert{e}" for e in range(2)]
+    `parents` and `factors` may be set anew for every child.
+    """
+
+    def __init__(self, base: Path, parents: Sequence[Path], factors: dict[str, Any]) -> None:
+        self.parents = parents
         self.factors = factors
-        self.base = load_file(folder / "base" / "model.safetensors")
+        self.base = load_file(base / "model.safetensors")
         self.generator = torch.Generator().manual_seed(0)
 
     def child(self, published: bool) -> dict[str, torch.Tensor]:
-        def scales(rank: int) -> torch.Tensor:
+        def scales(name: str, rank: int) -> torch.Tensor:
             drawn = torch.rand(rank, dtype=torch.bfloat16, generator=self.generator)
             return W_MAX * drawn
 
@@ -225,22 +233,23 @@ class Peer:
         return self.build(weights, scales, published)
 
     def build(
-        self, weights: torch.Tensor, scales: Callable[[int], torch.Tensor], published: bool
+        self, weights: torch.Tensor, scales: Callable[[str, int], torch.Tensor], published: bool
     ) -> dict[str, torch.Tensor]:
+        """A child of the parents' ``weights`` (2,), mutated by ``scales(tensor's name, rank)``."""
         if published:
             parents = [
                 AutoModelForCausalLM.from_pretrained(f, dtype=torch.bfloat16).state_dict()
-                for f in self.folders
+                for f in self.parents
             ]
         else:
-            parents = [load_file(f / "model.safetensors") for f in self.folders]
+            parents = [load_file(f / "model.safetensors") for f in self.parents]
         taus = [{k: p[k] - b for k, b in self.base.items()} for p in parents]
         child = {}
         for name, base in self.base.items():
             merged = sum(w * tau[name] for w, tau in zip(weights, taus, strict=True))
             child[name] = base + merged / weights.sum()
         for name, (u, s, v) in self.factors.items():
-            scaled = scales(s.shape[0]) * s
+            scaled = scales(name, s.shape[0]) * s
             child[name] += u @ torch.diag_embed(scaled) @ v.T if published else (u * scaled) @ v.T
         return child
 
@@ -256,7 +265,7 @@ def check_agreement(ours: Ours, peer: Peer) -> None:
     )
     found = ours.build(jax.tree.map(jnp.zeros_like, ours.base), ours.base, ours.basis, gains)
 
-    def constant(rank: int) -> torch.Tensor:
+    def constant(name: str, rank: int) -> torch.Tensor:
         return torch.full((rank,), W_MAX, dtype=torch.bfloat16)
 
     theirs = peer.build(torch.ones(2), constant, published=False)

@@ -1,0 +1,465 @@
+"""One whole generation on the quickstart's family: ours against the published pipeline in torch.
+
+    python benchmarks/generation.py [--generations 3] [--json FILE]
+
+Ours is a run's own loop (`runs.search.Search`) with the quickstart's settings: 16 children are
+bred, play 32 problems of each of the three tasks, and are offered to all archives, with logs and a
+checkpoint as in a run (every tenth generation: a tenth of its time is counted). The peer is the
+published pipeline (Kuroki et al., arXiv 2410.14735) written from its description, full weights in
+torch, one child after the other: it loads two parents from disk, merges their task vectors, adds
+the scaled directions of one expert, puts the weights into a `transformers` model, plays the same
+problems with `generate` (all live episodes of the child in one batch, greedy, with a KV cache, on
+all cores), and offers the child to every archive; a child that enters one is written to disk.
+
+Both do the same work. The peer is given what ours drew (parents, merge weights, scales), so its
+children are the same models; the transcripts of all episodes (ours of a second play, not timed),
+the scores and the archives are compared. Drawing costs the peer nothing. Both play in the same
+sandbox, and both begin every generation without remembering what programs did before.
+
+Generation 1, in which both warm up and ours compiles, is not counted. From then on they take turns,
+a generation each; the medians count. The limit is the arithmetic that cannot be avoided, at the
+rate of a large product measured in the same run: every matrix once for every token of every
+episode's conversation, the head once for every token that was chosen.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from child import Peer, triplets
+from measuring import matmul_rate, row, write_rows
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
+
+from cycleqd_jax.cache import default_cache
+from cycleqd_jax.merging.expert_svd import draw_expert_gains
+from cycleqd_jax.merging.spectral import MatrixFactors, gain_layout, is_factors, materialise
+from cycleqd_jax.models.convert import save_model
+from cycleqd_jax.models.specs import leaf_table
+from cycleqd_jax.qd.presets import DEFAULT
+from cycleqd_jax.qd.repertoire import CyclicRepertoire
+from cycleqd_jax.runs.compilation import cache_compilations
+from cycleqd_jax.runs.config import RunConfig
+from cycleqd_jax.runs.evaluate import Evaluator
+from cycleqd_jax.runs.family import FamilyConfig, make_family
+from cycleqd_jax.runs.folder import RunFolder
+from cycleqd_jax.runs.lineage import Birth, read_births
+from cycleqd_jax.runs.monitor import Monitor
+from cycleqd_jax.runs.policy import Conversations
+from cycleqd_jax.runs.release import PastRun
+from cycleqd_jax.runs.search import Search
+from cycleqd_jax.runs.transcripts import read_transcripts, transcript_file
+from cycleqd_jax.runs.transformers_policy import TransformersPolicy
+from cycleqd_jax.runs.watch import Watch
+from cycleqd_jax.runs.workspace import Workspace, open_workspace
+from cycleqd_jax.sandbox import Job, MemoSandbox, Outcome, Sandbox, open_sandbox
+from cycleqd_jax.tasks.base import Request
+from cycleqd_jax.tasks.registry import TASKS, make_tasks
+from cycleqd_jax.tasks.rollout import rollout
+from cycleqd_jax.tasks.transcript import Transcript, Turn
+
+PHASES = ("child", "decode", "environments", "archive", "rest", "checkpoint")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--generations", type=int, default=3, help="that are measured")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+
+    disable_progress_bar()
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    cache_compilations(default_cache())
+    config = quickstart(1 + options.generations)
+    workspace = open_workspace(config, default_cache())
+    with tempfile.TemporaryDirectory() as scratch:
+        out = Path(scratch) / "run"
+        with Forgetful(open_sandbox(config.sandbox)) as sandbox:
+            evaluator = Evaluator(workspace, sandbox)
+            recorder = Evaluator(workspace, sandbox, out / "transcripts")
+            with RunFolder.open(out, config.to_json()) as folder:
+                pipeline = Pipeline(workspace, sandbox, folder, Path(scratch) / "models")
+                turns = Turns(workspace, folder, evaluator, recorder, sandbox, pipeline)
+                Search(workspace, evaluator, folder, turns).run()
+                turns.finish()
+    write_rows(options.json, [report(turns, workspace)])
+
+
+def quickstart(generations: int) -> RunConfig:
+    """The settings of `experiments/quickstart.py`, with another number of generations."""
+    tasks = tuple(TASKS)
+    family = make_family(default_cache(), FamilyConfig(tasks=tasks), make_tasks(tasks))
+    return RunConfig(
+        base=str(family.base),
+        experts={name: str(folder) for name, folder in family.experts.items()},
+        tasks=tasks,
+        generations=generations,
+        rank=32,
+        preset=replace(
+            DEFAULT,
+            bins=6,
+            crossover_std=0.5,
+            mutation_strength=0.4,
+            alpha_low=0.1,
+            alpha_high=1.0,
+        ),
+    )
+
+
+class Forgetful:
+    """A sandbox as a run has it, whose memory of former programs can be emptied."""
+
+    def __init__(self, inner: Sandbox) -> None:
+        self._inner = inner
+        self.forget()
+
+    def forget(self) -> None:
+        self.memory = MemoSandbox(self._inner)
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        return self.memory.run(jobs)
+
+    def submit(self, jobs: Sequence[Job]) -> list[Future[Outcome]]:
+        return self.memory.submit(jobs)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def __enter__(self) -> "Forgetful":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+class Turns(Monitor):
+    """Times the generations of a search, and lets the peer do each one after it.
+
+    Attributes:
+        ours: seconds of the phases of every generation, the first one not among them.
+        peers: the same for the peer.
+        first: seconds of generation 1, which compiles.
+        played: what happened in every generation of ours.
+        compiled: programs that were compiled after generation 1.
+        episodes: how many were compared.
+        different: how many of them were not the same to the letter.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        folder: RunFolder,
+        evaluator: Evaluator,
+        recorder: Evaluator,
+        sandbox: Forgetful,
+        pipeline: "Pipeline",
+    ) -> None:
+        super().__init__(Watch(), folder, workspace.config.tasks, workspace.config.to_json())
+        self._workspace, self._evaluator, self._recorder = workspace, evaluator, recorder
+        self._sandbox, self._pipeline = sandbox, pipeline
+        self.ours: list[dict[str, float]] = []
+        self.peers: list[dict[str, float]] = []
+        self.played: list[list[Transcript]] = []
+        self.first = 0.0
+        self.compiled = 0
+        self.episodes, self.different = 0, 0
+
+    def watching(self, done: int, generations: int) -> "Turns":
+        super().watching(done, generations)
+        self._begin()
+        return self
+
+    def step(self, row: Mapping[str, Any], repertoire: CyclicRepertoire, *rest: Any) -> bool:
+        stop = super().step(row, repertoire, *rest)
+        seconds = time.perf_counter() - self._started
+        generation = row["generation"]
+        if generation == 1:
+            self.first = seconds
+            self._pipeline.play(generation, repertoire, children=1)
+        else:
+            phases = [row["seconds"][name] for name in ("emit", "model", "sandbox", "add")]
+            own = [*phases, seconds - sum(phases), 0.0]
+            self.ours.append(dict(zip(PHASES, own, strict=True)))
+            self.compiled += self._evaluator.decoder.traces - self._traces
+            self._sandbox.forget()
+            phases_of_peer, transcripts = self._pipeline.play(generation, repertoire)
+            self.peers.append(phases_of_peer)
+            self._compare(generation, transcripts)
+            total = sum(phases_of_peer.values())
+            print(f"generation {generation}: ours {seconds:.2f} s, peer {total:.2f} s", flush=True)
+        self._begin()
+        return stop
+
+    def finish(self) -> None:
+        """Count the checkpoint that the run has ended with."""
+        config = self._workspace.config
+        for phases in self.ours:
+            phases["checkpoint"] = (time.perf_counter() - self._started) / config.checkpoint_every
+
+    def _begin(self) -> None:
+        self._sandbox.forget()
+        self._traces = self._evaluator.decoder.traces
+        self._started = time.perf_counter()
+
+    def _compare(self, generation: int, theirs: Sequence[Transcript]) -> None:
+        phase = f"generation-{generation:06d}"
+        births = read_births(self._folder.lineage_file)
+        ids = [birth.id for birth in births if birth.generation == generation]
+        gains = PastRun(self._folder.path).rebuild(self._workspace, ids)
+        problems = self._pipeline.problems
+        scores = self._recorder.population(gains, problems, phase=phase).scores
+        logged = [list(births[id].scores.values()) for id in ids]
+        if not np.array_equal(scores, np.asarray(logged, np.float32)):
+            raise SystemExit(f"{phase}: ours scores its children otherwise when they play again")
+        ours = read_transcripts(transcript_file(self._folder.path / "transcripts", phase))
+        found = {(t.task, t.problem, t.candidate): t for t in theirs}
+        if len(found) != len(ours):
+            raise SystemExit(f"{phase}: ours played {len(ours)} episodes, the peer {len(found)}")
+        self.played.append(ours)
+        self.episodes += len(ours)
+        self.different += sum(found[t.task, t.problem, t.candidate] != t for t in ours)
+
+
+class Pipeline:
+    """The published pipeline: children as full weights, one after the other.
+
+    Args:
+        workspace: base, basis, tasks and settings of the run.
+        sandbox: where programs run.
+        folder: the run whose draws are followed.
+        models: where the elites' weights are, a folder each.
+
+    Attributes:
+        problems: that every child plays.
+    """
+
+    def __init__(
+        self, workspace: Workspace, sandbox: Sandbox, folder: RunFolder, models: Path
+    ) -> None:
+        config = workspace.config
+        self._workspace, self._sandbox, self._folder, self._models = (
+            workspace,
+            sandbox,
+            folder,
+            models,
+        )
+        models.mkdir()
+        self.problems = workspace.problems("search", config.problems, config.seed)
+        self._peer = Peer(Path(config.base), (), {})
+        self._factors = [expert_factors(workspace, e) for e in range(len(config.experts))]
+        self._model = AutoModelForCausalLM.from_pretrained(config.base, dtype=torch.float32).eval()
+        self._policy = TransformersPolicy(
+            self._model,
+            workspace.tokenizer,
+            stop_tokens=workspace.architecture.eos_ids,
+            max_new_tokens=config.max_new_tokens,
+            max_rows=len(config.tasks) * config.problems,
+        )
+
+    def play(
+        self, generation: int, repertoire: CyclicRepertoire, children: int | None = None
+    ) -> tuple[dict[str, float], list[Transcript]]:
+        """Breed and score the children of a generation again; seconds of the phases, transcripts.
+
+        Args:
+            generation: which one.
+            repertoire: ours after it, which the peer's archives must equal.
+            children: only the first ones; the archives are then not compared.
+        """
+        run = PastRun(self._folder.path)
+        everyone = read_births(self._folder.lineage_file)
+        born = [birth for birth in everyone if birth.generation == generation][:children]
+        self._write_parents(run, born)
+        draws = [self._draws(birth) for birth in born]
+        archives = Archives(self._workspace, everyone)
+        for birth in everyone:
+            if birth.generation < generation:
+                archives.add(birth.id, list(birth.scores.values()))
+
+        seconds = dict.fromkeys(PHASES, 0.0)
+        transcripts: list[Transcript] = []
+        for number, (birth, (weights, scales)) in enumerate(zip(born, draws, strict=True)):
+            start = time.perf_counter()
+            self._peer.parents = [self._models / str(id) for id in birth.parents]
+            self._peer.factors = self._factors[self._expert(birth)]
+            child = self._peer.build(weights, lambda name, rank, s=scales: s[name], False)
+            missing, unknown = self._model.load_state_dict(child, strict=False)
+            assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)  # noqa: PT018
+            bred = time.perf_counter()
+            played = rollout(
+                self._workspace.tasks,
+                self.problems,
+                1,
+                self._policy,
+                self._sandbox,
+                seed=f"{self._workspace.config.seed}/generation-{generation:06d}",
+                first_candidate=number,
+                on_episode=transcripts.append,
+            )
+            scored = time.perf_counter()
+            if archives.add(birth.id, played.scores[0].tolist()):
+                save_file(child, self._models / f"child-{birth.id}.safetensors")
+            seconds["child"] += bred - start
+            seconds["decode"] += played.seconds["model"]
+            seconds["environments"] += scored - bred - played.seconds["model"]
+            seconds["archive"] += time.perf_counter() - scored
+        if children is None and archives.ids() != ids_of(repertoire):
+            raise SystemExit(f"generation {generation}: the archives differ")
+        return seconds, transcripts
+
+    def _expert(self, birth: Birth) -> int:
+        return list(self._workspace.config.experts).index(birth.operator["expert"])
+
+    def _write_parents(self, run: PastRun, born: Sequence[Birth]) -> None:
+        """The weights of the elites, which earlier generations of the peer would have left."""
+        wanted = {id for birth in born for id in birth.parents}
+        new = [id for id in sorted(wanted) if not (self._models / str(id)).exists()]
+        if not new:
+            return
+        gains = run.rebuild(self._workspace, new)
+        build = jax.jit(materialise)
+        for place, id in enumerate(new):
+            own = jax.tree.map(lambda leaf, place=place: leaf[place], gains)
+            params = build(self._workspace.base, self._workspace.basis, own)
+            save_model(self._models / str(id), self._workspace.architecture, params)
+
+    def _draws(self, birth: Birth) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """What ours drew for a child: two merge weights, and scales by tensor."""
+        workspace, expert = self._workspace, self._expert(birth)
+        key = jax.random.wrap_key_data(jnp.asarray(birth.operator["keys"], jnp.uint32))[1]
+        layout = gain_layout(workspace.basis)
+        strength = workspace.config.preset.mutation_strength
+        drawn = jax.tree.leaves(draw_expert_gains(key, layout, expert, strength))
+        scales: dict[str, torch.Tensor] = {}
+        for spec, leaf, gains in zip(
+            jax.tree.leaves(leaf_table(workspace.architecture)), layout.leaves, drawn, strict=True
+        ):
+            if leaf.role == "matrix":
+                own = np.array(gains[..., leaf.blocks[expert]])
+                names = spec.hf_names(workspace.architecture.num_layers)
+                scales |= zip(names, torch.from_numpy(own).reshape(len(names), -1), strict=True)
+        return torch.tensor(birth.operator["weights"]), scales
+
+
+def expert_factors(workspace: Workspace, expert: int) -> dict[str, tuple[torch.Tensor, ...]]:
+    """U, S, V of an expert's task vector by tensor, as many directions as ours keeps."""
+    factors: dict[str, tuple[torch.Tensor, ...]] = {}
+    table = leaf_table(workspace.architecture)
+    basis = jax.tree.leaves(workspace.basis, is_leaf=is_factors)
+    layout = gain_layout(workspace.basis)
+    for spec, leaf, node in zip(jax.tree.leaves(table), layout.leaves, basis, strict=True):
+        if not isinstance(node, MatrixFactors):
+            continue
+        u, v = (np.asarray(side[..., leaf.blocks[expert]]) for side in (node.u, node.v))
+        names = spec.hf_names(workspace.architecture.num_layers)
+        u, v = (side.reshape(len(names), *side.shape[-2:]) for side in (u, v))
+        for name, *sides in zip(names, u, v, strict=True):
+            factors[name] = triplets(*sides, spec.transpose)
+    return factors
+
+
+class Archives:
+    """Archives as dictionaries: cell -> (quality, id)."""
+
+    def __init__(self, workspace: Workspace, everyone: Sequence[Birth]) -> None:
+        experts = [list(b.scores.values()) for b in everyone if b.generation == 0]
+        grid = workspace.config.preset.build_grid(np.asarray(experts, np.float32))
+        self._edges = np.asarray(grid.edges)
+        self._cells: list[dict[tuple[int, ...], tuple[float, int]]] = [{} for _ in self._edges]
+
+    def add(self, id: int, scores: Sequence[float]) -> bool:
+        """Offer a child to every archive; whether one took it."""
+        bins = [int(np.searchsorted(e, s)) for e, s in zip(self._edges, scores, strict=True)]
+        entered = False
+        for k, cells in enumerate(self._cells):
+            cell = tuple(bin for other, bin in enumerate(bins) if other != k)
+            if cell not in cells or scores[k] > cells[cell][0]:
+                cells[cell] = scores[k], id
+                entered = True
+        return entered
+
+    def ids(self) -> list[list[int]]:
+        """Of every archive's elites, sorted."""
+        return [sorted(id for _, id in cells.values()) for cells in self._cells]
+
+
+def ids_of(repertoire: CyclicRepertoire) -> list[list[int]]:
+    """Of every archive's elites, sorted."""
+    ids, cells = np.asarray(repertoire.extra_scores["id"]), np.asarray(repertoire.cells)
+    return [sorted(ids[archive[archive >= 0]].tolist()) for archive in cells]
+
+
+def report(turns: Turns, workspace: Workspace) -> dict[str, Any]:
+    """Print what was measured and return the row."""
+    ours, peer = (
+        {phase: statistics.median(g[phase] for g in found) for phase in PHASES}
+        for found in (turns.ours, turns.peers)
+    )
+    own, theirs = (
+        statistics.median(sum(g.values()) for g in found) for found in (turns.ours, turns.peers)
+    )
+    children = workspace.config.children
+    work = statistics.median(operations(workspace, played) for played in turns.played)
+    rate = matmul_rate()
+    print(
+        f"{turns.episodes} episodes of {len(turns.ours)} generations in both: "
+        f"{turns.different} differ; generation 1 of ours took {turns.first:.1f} s, "
+        f"{turns.compiled} programs were compiled after it"
+    )
+    print(f"{'seconds a generation':22s} {'ours':>8s} {'peer':>8s}")
+    for phase in PHASES:
+        print(f"{phase:22s} {ours[phase]:8.3f} {peer[phase]:8.3f}")
+    print(f"{'all':22s} {own:8.3f} {theirs:8.3f}")
+    found = row(
+        "generation, quickstart family",
+        60 * children / own,
+        60 * children / theirs,
+        "published pipeline, torch",
+        "children/min",
+        60 * children * rate / work,
+        more_is_better=True,
+        seconds={"ours": ours, "peer": peer},
+        different_episodes=turns.different / turns.episodes,
+    )
+    print(
+        f"{found['ours']:.0f} children a minute against {found['peer']:.0f}: "
+        f"{found['ratio']:.2f} times as many"
+    )
+    print(
+        f"limit {found['limit']:.0f}: {work / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s take "
+        f"{work / rate:.2f} s, {work / rate / ours['decode']:.0%} of what ours decodes in"
+    )
+    return found
+
+
+def operations(workspace: Workspace, played: Sequence[Transcript]) -> float:
+    """Multiplications and additions that episodes need: every conversation read and said once."""
+    config, tokenizer = workspace.architecture, workspace.tokenizer
+    turns = [[step for step in one.steps if isinstance(step, Turn)] for one in played]
+    # The last turn's messages hold what was said in the turns before.
+    read = Conversations(tokenizer).render([Request(0, spoken[-1].messages) for spoken in turns])
+    answers = tokenizer([turn.answer for spoken in turns for turn in spoken])["input_ids"]
+    last = tokenizer([spoken[-1].answer for spoken in turns])["input_ids"]
+    table = jax.tree.leaves(leaf_table(config).layers)
+    body = sum(np.prod(spec.full_shape(config.num_layers)) for spec in table)
+    head = config.hidden_size * config.vocab_size
+    through = sum(map(len, read)) + sum(map(len, last))
+    # The token that ends an answer is chosen too.
+    chosen = sum(map(len, answers)) + len(answers)
+    return 2.0 * float(body * through + head * chosen)
+
+
+if __name__ == "__main__":
+    main()
