@@ -169,6 +169,7 @@ class Turns(Monitor):
         super().__init__(Watch(), folder, workspace.config.tasks, workspace.config.to_json())
         self._workspace, self._evaluator, self._recorder = workspace, evaluator, recorder
         self._sandbox, self._pipeline = sandbox, pipeline
+        self._run = folder
         self.ours: list[dict[str, float]] = []
         self.peers: list[dict[str, float]] = []
         self.played: list[list[Transcript]] = []
@@ -215,15 +216,15 @@ class Turns(Monitor):
 
     def _compare(self, generation: int, theirs: Sequence[Transcript]) -> None:
         phase = f"generation-{generation:06d}"
-        births = read_births(self._folder.lineage_file)
+        births = read_births(self._run.lineage_file)
         ids = [birth.id for birth in births if birth.generation == generation]
-        gains = PastRun(self._folder.path).rebuild(self._workspace, ids)
+        gains = PastRun(self._run.path).rebuild(self._workspace, ids)
         problems = self._pipeline.problems
         scores = self._recorder.population(gains, problems, phase=phase).scores
         logged = [list(births[id].scores.values()) for id in ids]
         if not np.array_equal(scores, np.asarray(logged, np.float32)):
             raise SystemExit(f"{phase}: ours scores its children otherwise when they play again")
-        ours = read_transcripts(transcript_file(self._folder.path / "transcripts", phase))
+        ours = read_transcripts(transcript_file(self._run.path / "transcripts", phase))
         found = {(t.task, t.problem, t.candidate): t for t in theirs}
         if len(found) != len(ours):
             raise SystemExit(f"{phase}: ours played {len(ours)} episodes, the peer {len(found)}")
