@@ -80,6 +80,7 @@ class Checkpoints:
             raise ValueError(f"keep_every: expected at least 1 generation, found {keep_every}")
         self.folder = folder.absolute()
         with explain_no_space(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(
                 self.folder,
                 item_names=("state", "index"),
@@ -90,6 +91,7 @@ class Checkpoints:
                     step_format_fixed_length=6,
                     enable_async_checkpointing=False,
                     cleanup_tmp_directories=True,
+                    create=False,
                     # Of several hosts one alone keeps checkpoints; Orbax would wait for all.
                     multiprocessing_options=ocp.options.MultiprocessingOptions(
                         primary_host=jax.process_index(), active_processes={jax.process_index()}

@@ -104,6 +104,49 @@ def runs(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(config, tmp_path_factory.mktemp("hosts"))
 
 
+EXCHANGE = """
+import os, signal, sys
+import numpy as np
+from cycleqd_jax.runs.joining import joined_hosts
+
+port, process = sys.argv[1:]
+with joined_hosts(f"127.0.0.1:{port}", int(process), 2) as hosts:
+    name = "ab"[hosts.index] * (1 + 20_000 * hosts.index)
+    rows = hosts.gather({"name": name, "row": np.arange(3) + hosts.index}, "rows")
+    assert [row["name"][0] for row in rows] == ["a", "b"]
+    assert len(rows[1]["name"]) == 20_001
+    assert [row["row"].tolist() for row in rows] == [[0, 1, 2], [1, 2, 3]]
+    large = np.arange(5_000_000, dtype=np.int32) if hosts.first else None
+    found = hosts.broadcast({"large": large, "small": None})
+    assert found["large"].sum(dtype=np.int64) == 12_499_997_500_000
+    spent = hosts.waiting()
+    assert len(spent["busy"]) == 2 and max(spent["waiting"]) < 1
+    if hosts.index == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    hosts.gather(None, "nothing more")
+"""
+
+
+def test_two_processes_gather_and_one_does_not_wait_for_a_dead_one() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", EXCHANGE, port, str(process)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for process in range(2)
+    ]
+    said = [each.communicate(timeout=120)[0] for each in started]
+    assert [each.returncode for each in started] == [2, -signal.SIGKILL], said
+    assert "process 0 of 2: process 1 of 2 is lost" in said[0]
+    assert "start the same command again on every host" in said[0]
+
+
+@pytest.mark.slow
 def test_two_processes_end_as_one_does(runs: Runs, finished: Path) -> None:
     run = runs.folder / "two"
     runs.finish(run, 2)

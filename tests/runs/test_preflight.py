@@ -16,6 +16,7 @@ from cycleqd_jax.runs import needs as needs_module
 from cycleqd_jax.runs import preflight as module
 from cycleqd_jax.runs.command import Command, parse_command
 from cycleqd_jax.runs.config import RunConfig
+from cycleqd_jax.runs.hosts import Hosts
 from cycleqd_jax.runs.launch import launch
 from cycleqd_jax.runs.needs import Device, default_mesh, named_device, needs_of, short_disks
 from cycleqd_jax.runs.preflight import NotReady, Preflight, findings_table, plan_text
@@ -90,6 +91,26 @@ def test_a_dry_run_without_weights_plans_by_the_architecture(tmp_path: Path) -> 
     assert "60 generations of 4 children, 2 archives of 15 cells" in said
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()
+
+
+class SecondHost(Hosts):
+    """This host and another one, which has no sandbox."""
+
+    def gather(self, value: Any, what: str) -> list[Any]:
+        row = {"check": "sandbox", "said": "none", "advice": "install it"}
+        return [value, [{**row, "status": "failed"}, {**row, "check": "disk", "status": "ok"}]]
+
+
+def test_what_fails_on_another_host_is_said_with_its_number(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(module, "open_sandbox", _no_sandbox)
+    preflight = Preflight(Command(run=NOWHERE), SecondHost())
+    preflight.run()
+    assert _statuses(preflight)["sandbox"] == "failed"  # its own
+    assert preflight.findings[-1].check == "process 1, sandbox"
+    with pytest.raises(NotReady, match="- process 1, sandbox: none\n  install it"):
+        preflight.refuse()
 
 
 def test_without_a_dry_run_an_architecture_is_no_model(monkeypatch: pytest.MonkeyPatch) -> None:
