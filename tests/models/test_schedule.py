@@ -21,6 +21,14 @@ def test_row_buckets_rise_to_the_largest_batch(most: int) -> None:
     assert bucket(most + 1, sizes) == most
 
 
+@pytest.mark.parametrize(("parts", "largest"), [(8, 256), (6, 258), (3, 258)])
+def test_batches_are_divided_by_the_devices_they_are_split_over(parts: int, largest: int) -> None:
+    sizes = row_buckets(256, parts)
+    assert all(size % parts == 0 for size in sizes)
+    assert sizes[-1] == largest
+    assert list(sizes) == sorted(set(sizes))
+
+
 @pytest.mark.parametrize("round_up", [prompt_bucket, slot_bucket])
 def test_buckets_are_few_and_close(round_up: object) -> None:
     assert callable(round_up)

@@ -80,14 +80,15 @@ def alone(runs: Runs) -> Path:
 
 def outcome(run: Path) -> dict[str, Any]:
     """What was bred, said and scored; no times."""
-    transcripts = {
-        path.name: sorted(path.read_text().splitlines())
-        for path in sorted((run / "transcripts").iterdir())
-    }
-    assert any(len(lines) > 12 for lines in transcripts.values())
+    said = {}
+    for path in sorted((run / "transcripts").iterdir()):
+        for row in read_jsonl(path):
+            key = (path.name, row["task"], row["problem"], row["candidate"])
+            said[key] = [step["answer"] for step in row["steps"] if step["step"] == "turn"]
+    assert len({answer for answers in said.values() for answer in answers}) > 50
     return {
         "lineage": [{**row, "time": 0} for row in read_jsonl(run / "lineage.jsonl")],
-        "transcripts": transcripts,
+        "said": said,
         "summary": {**read_json(run / "summary.json"), "seconds": 0},
         "finals": read_json(run / "finals.json"),
     }
