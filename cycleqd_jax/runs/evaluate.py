@@ -68,6 +68,7 @@ class Evaluator:
         *,
         phase: str = "population",
         chosen: Mapping[str, np.ndarray] | None = None,
+        more: bool = False,
     ) -> Rollout:
         """Play the problems with every candidate, or those that are chosen.
 
@@ -77,11 +78,12 @@ class Evaluator:
             on_progress: called with the number of candidates that are done.
             phase: names the rollout within the run: its seeds and its transcripts.
             chosen: as of `rollout`.
+            more: a part of this phase was played before: its transcripts stay.
         """
         count = jax.tree.leaves(gains)[0].shape[0]
         size = self._workspace.config.children
         parts = []
-        with self._record(phase) as on_episode:
+        with self._record(phase, more) as on_episode:
             for start in range(0, count, size):
                 stop = min(start + size, count)
                 part = jax.tree.map(lambda leaf, a=start, b=stop: _fill(leaf[a:b], size), gains)
@@ -98,10 +100,12 @@ class Evaluator:
         with self._record(phase) as on_episode:
             return self._play(1, problems, phase, 0, on_episode)
 
-    def _record(self, phase: str) -> AbstractContextManager[Callable[[Transcript], None] | None]:
+    def _record(
+        self, phase: str, more: bool = False
+    ) -> AbstractContextManager[Callable[[Transcript], None] | None]:
         if self._transcripts is None:
             return nullcontext()
-        return record_transcripts(self._transcripts, phase)
+        return record_transcripts(self._transcripts, phase, more=more)
 
     def _play(
         self,
