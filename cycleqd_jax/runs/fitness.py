@@ -230,7 +230,7 @@ class Fitness:
         assert confidence is not None
         if confidence == 1.0:
             return possible
-        theirs = np.asarray(repertoire.extra_scores[SOLVED])[parents].mean(axis=1)
+        theirs = np.asarray(repertoire.extra_scores[SOLVED][jnp.asarray(parents)]).mean(axis=1)
         finals = [
             draw_finals(dice, table, theirs_on, _DRAWS)
             for table, theirs_on in zip(results, self._subset(theirs, size), strict=True)

@@ -107,7 +107,7 @@ def test_of_the_stopped_no_more_would_have_entered_than_promised(allowed: float)
     dice = np.random.default_rng(1)
     grid = make_grid([0.0, 0.0], [1.0, 1.0], 4)
     count, batch = 24, 400
-    elites = dice.integers(2, 18, (12, 2)).astype(np.float32) / count
+    elites = dice.integers(2, 17, (40, 2)).astype(np.float32) / count
     repertoire = begin(grid, elites)
     state = np.asarray(repertoire.scores), np.asarray(repertoire.cells)
     group = dice.integers(0, 3, (batch, 2, count))
