@@ -48,14 +48,14 @@ from cycleqd_jax.tasks.registry import TASKS, make_tasks
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
     "racing, bound": {"racing": 1.0},
-    "racing 0.5": {"racing": 0.5, "racing_block": 4, "generations": 45},
-    "subsets": {"subsets": (8, 16), "growth": (9, 15)},
-    "racing 0.5 and subsets": {
-        "racing": 0.5,
+    "racing, 0.8": {"racing": 0.8, "racing_block": 4, "generations": 36},
+    "subsets": {"subsets": (16,), "growth": (11,)},
+    "racing, 0.8, and subsets": {
+        "racing": 0.8,
         "racing_block": 4,
-        "subsets": (8, 16),
-        "growth": (9, 15),
-        "generations": 45,
+        "subsets": (16,),
+        "growth": (11,),
+        "generations": 36,
     },
 }
 """Arm → the settings that differ from full evaluation."""

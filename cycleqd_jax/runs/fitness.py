@@ -19,7 +19,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from cycleqd_jax.qd.racing import can_enter, chance_of_entering, draw_finals, final_range
+from cycleqd_jax.qd.racing import (
+    Belief,
+    believe,
+    can_enter,
+    chance_of_entering,
+    draw_finals,
+    final_range,
+    informative_order,
+)
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.evaluate import Evaluator, Problems
@@ -120,44 +128,40 @@ class Fitness:
         sizes = (*config.subsets, config.problems)
         return sizes[sum(generation >= start for start in config.grows_at)]
 
-    def score(
-        self,
-        children: Any,
-        generation: int,
-        repertoire: CyclicRepertoire,
-        parents: np.ndarray,
-    ) -> Scored:
+    def score(self, children: Any, generation: int, repertoire: CyclicRepertoire) -> Scored:
         """Score one generation.
 
         Args:
             children: gains, leaves (B, ...).
             generation: which.
             repertoire: the archives they are for.
-            parents: (B, 2) pool indices.
         """
-        phase, size = f"generation-{generation:06d}", self.size(generation)
-        if self._config.racing is None and size == self._config.problems:
+        config, size = self._config, self.size(generation)
+        phase = f"generation-{generation:06d}"
+        racing = np.ones(jax.tree.leaves(children)[0].shape[0], bool)
+        if config.racing is None and size == config.problems:
             played = self._evaluator.population(children, self._problems, phase=phase)
-            racing = np.ones(len(parents), bool)
-            return Scored(played, results_of(played, self._names), played.scores, racing, True)
-        block = self._config.racing_block if self._config.racing is not None else size
-        racing = np.ones(len(parents), bool)
+            solved = results_of(played, self._names)
+            return Scored(played, solved, played.scores, racing, True)
+        belief = self._belief(repertoire, size)
+        sequence = self._sequence(size, belief)
+        block = len(self._names) * (size if config.racing is None else config.racing_block)
         parts: list[Rollout] = []
-        for number, start in enumerate(range(0, size, block)):
-            chosen = self._chosen(racing, start, min(start + block, size))
+        for number, start in enumerate(range(0, len(sequence), block)):
+            chosen = self._chosen(racing, sequence[start : start + block])
             parts.append(
                 self._evaluator.population(
                     children, self._problems, phase=phase, chosen=chosen, more=bool(parts)
                 )
             )
             solved = results_of(together(parts), self._names)
-            if start + block < size:
-                dice = np.random.default_rng([self._config.seed, _BELIEF, generation, number])
-                racing &= self._may_enter(solved, size, repertoire, parents, dice)
+            if start + block < len(sequence):
+                dice = np.random.default_rng([config.seed, _BELIEF, generation, number])
+                racing &= self._may_enter(solved, size, repertoire, belief, dice)
             if not racing.any():
                 break
         scores = np.where(racing[:, None], self._means(solved, size), _estimates(solved))
-        return Scored(together(parts), solved, scores, racing, size == self._config.problems)
+        return Scored(together(parts), solved, scores, racing, size == config.problems)
 
     def grow(
         self, repertoire: CyclicRepertoire, generation: int
@@ -174,7 +178,7 @@ class Fitness:
         elites = repertoire.gather(jnp.asarray(slots))
         extra = {name: kept[slots] for name, kept in repertoire.extra_scores.items()}
         known = np.asarray(extra[SOLVED])
-        wanted = self._chosen(np.ones(len(slots), bool), 0, size)
+        wanted = self._chosen(np.ones(len(slots), bool), self._sequence(size, None))
         chosen = {name: wanted[name] & np.isnan(known[:, k]) for k, name in enumerate(self._names)}
         played = self._evaluator.population(
             elites, self._problems, phase=f"growth-{generation:06d}", chosen=chosen
@@ -193,50 +197,59 @@ class Fitness:
         )
         return grown, played
 
-    def _chosen(self, rows: np.ndarray, start: int, stop: int) -> dict[str, np.ndarray]:
-        chosen = {}
-        for name, order in self._orders.items():
-            block = np.zeros(len(order), bool)
-            block[order[start:stop]] = True
-            chosen[name] = rows[:, None] & block
-        return chosen
+    def _belief(self, repertoire: CyclicRepertoire, size: int) -> Belief | None:
+        if SOLVED not in repertoire.extra_scores or self._config.racing in (None, 1):
+            return None
+        slots = np.flatnonzero(np.asarray(repertoire.occupied))
+        solved = np.asarray(repertoire.extra_scores[SOLVED][jnp.asarray(slots)])
+        return believe(self._subset(solved, size))
 
-    def _subset(self, solved: np.ndarray, size: int) -> list[np.ndarray]:
-        """The first problems of every task's order, in the order they are listed in: (B, size)."""
-        # So the mean over all problems is rounded as that of a rollout.
-        return [
-            np.ascontiguousarray(solved[:, k, np.sort(self._orders[name][:size])])
-            for k, name in enumerate(self._names)
+    def _sequence(self, size: int, belief: Belief | None) -> np.ndarray:
+        """Numbers of task and problem in the order of play, (K size, 2)."""
+        orders = [self._orders[name][:size] for name in self._names]
+        if belief is None:
+            return np.array([(k, order[i]) for i in range(size) for k, order in enumerate(orders)])
+        listed = np.array(
+            [(k, problem) for k, order in enumerate(orders) for problem in sorted(order)]
+        )
+        return listed[informative_order(belief)]
+
+    def _chosen(self, rows: np.ndarray, sequence: np.ndarray) -> dict[str, np.ndarray]:
+        block = np.zeros((len(self._names), self._config.problems), bool)
+        block[sequence[:, 0], sequence[:, 1]] = True
+        return {name: rows[:, None] & block[k] for k, name in enumerate(self._names)}
+
+    def _subset(self, solved: np.ndarray, size: int) -> np.ndarray:
+        """The first problems of every task's order, as they are listed: (B, K, size)."""
+        # As listed, so that the mean over all problems is rounded as that of a rollout.
+        kept = [
+            solved[:, k, np.sort(self._orders[name][:size])] for k, name in enumerate(self._names)
         ]
+        return np.stack(kept, axis=1)
 
     def _means(self, solved: np.ndarray, size: int) -> np.ndarray:
-        means = [table.mean(axis=1) for table in self._subset(solved, size)]
-        return np.stack(means, axis=1).astype(np.float32)
+        scores: np.ndarray = self._subset(solved, size).mean(axis=2)
+        return scores
 
     def _may_enter(
         self,
         solved: np.ndarray,
         size: int,
         repertoire: CyclicRepertoire,
-        parents: np.ndarray,
+        belief: Belief | None,
         dice: np.random.Generator,
     ) -> np.ndarray:
         state = np.asarray(repertoire.scores), np.asarray(repertoire.cells)
         results = self._subset(solved, size)
-        ends = [final_range(table) for table in results]
+        ends = [final_range(results[:, k]) for k in range(results.shape[1])]
         lower, upper = (np.stack(end, axis=1) for end in zip(*ends, strict=True))
         possible = can_enter(repertoire.tessellation, *state, lower, upper)
-        confidence = self._config.racing
-        assert confidence is not None
-        if confidence == 1.0:
+        if belief is None:
             return possible
-        theirs = np.asarray(repertoire.extra_scores[SOLVED][jnp.asarray(parents)]).mean(axis=1)
-        finals = [
-            draw_finals(dice, table, theirs_on, _DRAWS)
-            for table, theirs_on in zip(results, self._subset(theirs, size), strict=True)
-        ]
-        chance = chance_of_entering(repertoire.tessellation, *state, np.stack(finals, axis=2))
-        return possible & (chance > 1.0 - confidence)
+        assert self._config.racing is not None
+        finals = draw_finals(dice, belief, results, _DRAWS)
+        chance = chance_of_entering(repertoire.tessellation, *state, finals)
+        return possible & (chance > 1.0 - self._config.racing)
 
 
 def _estimates(solved: np.ndarray) -> np.ndarray:

@@ -200,9 +200,7 @@ class Search:
         )
         parents = np.asarray(self.repertoire.extra_scores["id"])[np.asarray(info["parents"])]
         emitted = time.perf_counter()
-        scored = self._fitness.score(
-            children, generation, self.repertoire, np.asarray(info["parents"])
-        )
+        scored = self._fitness.score(children, generation, self.repertoire)
         tokens = self._evaluator.decoder.stats.generated_tokens - tokens
         failed = Failures.of(scored.played, scored.scores)
         failed.refuse_blindness(f"generation {generation}", scored.played, scored.scores)

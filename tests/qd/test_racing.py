@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 
 from cycleqd_jax.qd.grid import make_grid
-from cycleqd_jax.qd.racing import PRIOR, can_enter, chance_of_entering, draw_finals, final_range
+from cycleqd_jax.qd.racing import (
+    Belief,
+    believe,
+    can_enter,
+    chance_of_entering,
+    draw_finals,
+    final_range,
+    informative_order,
+)
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 
 PROBLEMS, BATCH = 8, 6
@@ -101,44 +109,68 @@ def test_the_range_of_a_score_closes_on_the_score_itself() -> None:
     assert all(np.array_equal(end, score) for end in final_range(table))
 
 
+def alike(dice: np.random.Generator, rows: int, problems: int) -> np.ndarray:
+    """(rows, 2, problems) results: each task has two kinds of problems, solved or not together."""
+    able = dice.random((rows, 2, 2)) < dice.beta(0.8, 0.8, (rows, 1, 2))
+    kind = np.arange(problems) % 2
+    slips = dice.random((rows, 2, problems)) < 0.1
+    return (able[:, :, kind] ^ slips).astype(np.float32)
+
+
 @pytest.mark.parametrize("allowed", [0.1, 0.3])
 def test_of_the_stopped_no_more_would_have_entered_than_promised(allowed: float) -> None:
-    # Tables drawn from the model that the belief is about.
     dice = np.random.default_rng(1)
     grid = make_grid([0.0, 0.0], [1.0, 1.0], 4)
-    count, batch = 24, 400
-    elites = dice.integers(2, 17, (40, 2)).astype(np.float32) / count
-    repertoire = begin(grid, elites)
+    count, batch = 16, 400
+    elites = alike(dice, 40, count)
+    repertoire = begin(grid, elites.mean(axis=2))
     state = np.asarray(repertoire.scores), np.asarray(repertoire.cells)
-    group = dice.integers(0, 3, (batch, 2, count))
-    share = np.stack([dice.beta(*prior, size=(batch, 2)) for prior in PRIOR], axis=2)
-    chance = np.take_along_axis(share, group, axis=2)
-    table = (dice.random(chance.shape) < chance).astype(np.float32)
-    parents = group / 2.0
+    table = alike(dice, batch, count)
     enters = can_enter(grid, *state, *ends(table))
+    belief = believe(elites)
+    order = informative_order(belief)
     racing = np.ones(batch, bool)
-    for played in (8, 16):
-        shown = known(table, played)
-        finals = [draw_finals(dice, shown[:, k], parents[:, k], 400) for k in range(2)]
-        racing &= chance_of_entering(grid, *state, np.stack(finals, axis=2)) > allowed
+    for played in (8, 16, 24):
+        shown = np.full((batch, 2 * count), np.nan, np.float32)
+        shown[:, order[:played]] = table.reshape(batch, -1)[:, order[:played]]
+        finals = draw_finals(dice, belief, shown.reshape(table.shape), 400)
+        racing &= chance_of_entering(grid, *state, finals) > allowed
     stopped = ~racing
-    assert stopped.sum() > 50
+    assert 50 < stopped.sum() < batch
     noise = 3 * np.sqrt(allowed * (1 - allowed) / stopped.sum())
     assert enters[stopped].mean() <= allowed + noise
     assert enters[stopped].mean() < enters[racing].mean()
 
 
-def test_drawn_scores_hold_what_was_played_and_lean_on_the_parents() -> None:
+def test_the_first_problems_are_of_every_kind_and_tell_most() -> None:
     dice = np.random.default_rng(2)
-    results = known(np.ones((3, 8), np.float32), 4)
-    parents = np.stack([np.zeros(8), np.ones(8), np.full(8, np.nan)])
-    finals = draw_finals(dice, results, parents, 500)
+    belief = believe(alike(dice, 60, 8))
+    order = informative_order(belief)
+    assert sorted(order.tolist()) == list(range(16))
+    # Two tasks of two kinds: one of each before a second one of any.
+    assert {(int(i) // 8, int(i) % 2) for i in order[:4]} == {(0, 0), (0, 1), (1, 0), (1, 1)}
+    table = alike(dice, 300, 8)
+    scores = table.mean(axis=2)
+
+    def error(played: np.ndarray) -> float:
+        shown = np.full((300, 16), np.nan, np.float32)
+        shown[:, played] = table.reshape(300, -1)[:, played]
+        finals = draw_finals(dice, belief, shown.reshape(table.shape), 200)
+        return float(np.sqrt(((finals.mean(axis=0) - scores) ** 2).mean()))
+
+    assert error(order[:4]) < 0.8 * error(np.arange(0, 8, 2))
+
+
+def test_drawn_scores_are_as_wide_as_the_belief_and_keep_what_was_played() -> None:
+    dice = np.random.default_rng(3)
+    # Two problems a task; the second of each is unknown, with a spread of 0.01 about a half.
+    belief = Belief(np.full(4, 0.5), np.diag([0.1, 0.01, 0.1, 0.01]), 2)
+    results = np.array([[[1.0, np.nan], [0.0, np.nan]]], np.float32)
+    finals = draw_finals(dice, belief, results, 2000)
     assert finals.dtype == np.float32
-    assert ((finals >= 0.5) & (finals <= 1.0)).all()
-    fail, solve, unknown = finals.mean(axis=0)
-    # Four solved against the prior of each group: (0.6 + 4) / 10 of the rest, and so on.
-    assert fail == pytest.approx(0.5 + 0.46 / 2, abs=0.03)
-    assert unknown == pytest.approx(0.5 + 0.7 / 2, abs=0.03)
-    assert solve == pytest.approx(0.5 + 0.94 / 2, abs=0.03)
-    done = np.ones((1, 8), np.float32)
-    assert (draw_finals(dice, done, parents[:1], 5) == 1.0).all()
+    assert set(np.unique(finals[:, 0, 0])) <= {0.5, 1.0}
+    assert set(np.unique(finals[:, 0, 1])) <= {0.0, 0.5}
+    assert finals[:, 0, 0].mean() == pytest.approx(0.75, abs=0.02)
+    whole = np.array([[[1.0, 1.0], [0.0, 1.0]]], np.float32)
+    known_all = np.where(np.arange(2) < 2, whole, np.nan)
+    assert np.allclose(draw_finals(dice, belief, known_all, 5), [1.0, 0.5])

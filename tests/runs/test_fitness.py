@@ -89,10 +89,7 @@ class Loop:
         self.repertoire, grown = self.fitness.grow(self.repertoire, generation)
         self.problems += 0 if grown is None else problems_of(grown)
         children = jnp.arange(CHILDREN, dtype=jnp.int32) + 2 + CHILDREN * (generation - 1)
-        slots = np.flatnonzero(np.asarray(self.repertoire.occupied))
-        dice = np.random.default_rng(generation)
-        parents = dice.choice(slots, (CHILDREN, 2))
-        scored = self.fitness.score(children, generation, self.repertoire, parents)
+        scored = self.fitness.score(children, generation, self.repertoire)
         offered = jnp.asarray(scored.offered)
         kept = self.fitness.kept(scored.solved)
         self.repertoire = self.repertoire.add(children, offered, offered, kept)
@@ -142,7 +139,7 @@ def test_parts_of_a_generation_are_one_phase_and_no_episode_is_played_twice() ->
     for generation in range(1, GENERATIONS + 1):
         parts = [call for call in loop.evaluator.calls if call[0] == f"generation-{generation:06d}"]
         assert [more for _, _, more in parts] == [False] + [True] * (len(parts) - 1)
-        played = sum(chosen["a"].astype(int) for _, chosen, _ in parts)
+        played = np.sum([chosen["a"] for _, chosen, _ in parts], axis=0)
         assert played.max() == 1
 
 
