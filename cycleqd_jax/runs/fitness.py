@@ -108,9 +108,10 @@ class Fitness:
         Returns:
             (experts, K) float32, on the problems of the first generation.
         """
-        for k, (name, problems) in enumerate(self._problems.items()):
+        for k, name in enumerate(self._names):
             dice = np.random.default_rng([self._config.seed, _ORDER, k])
-            self._orders[name] = stratified_order(strata_of(problems, solved[:, k]), dice)
+            strata = strata_of(self._problems[name], solved[:, k])
+            self._orders[name] = stratified_order(strata, dice)
         return self._means(solved, self.size(1))
 
     @property
