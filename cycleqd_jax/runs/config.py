@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import pairwise
 from typing import Any
 
 from cycleqd_jax.models.sampling import Sampling
@@ -21,6 +22,14 @@ class RunConfig:
         generations: how many batches of children are bred.
         children: children a generation, evaluated together.
         problems: problems of the ``search`` split a child is scored on, per task.
+        racing: leave a child out, and play no more of it, once it will not enter any archive; None
+            plays everything. 1 goes by what is certain and changes no archive; less is the
+            confidence with which a child's chances are given up.
+        racing_block: problems a task that are played before one looks again.
+        subsets: the numbers of problems a task that a run begins with, growing, before it comes to
+            ``problems``; empty: all from the start.
+        growth: the generations from which the next number counts, one for each of ``subsets``;
+            empty: equal parts of the run.
         final_problems: problems of the ``validation`` split that decide among the finalists, per
             task.
         finalists: elites that compete to be ``cycleqd/best``.
@@ -51,6 +60,10 @@ class RunConfig:
     generations: int = 60
     children: int = 16
     problems: int = 32
+    racing: float | int | None = None
+    racing_block: int = 8
+    subsets: tuple[int, ...] = ()
+    growth: tuple[int, ...] = ()
     final_problems: int = 64
     finalists: int = 16
     test_problems: int = 200
@@ -83,6 +96,7 @@ class RunConfig:
             "generations",
             "children",
             "problems",
+            "racing_block",
             "final_problems",
             "finalists",
             "test_problems",
@@ -95,6 +109,11 @@ class RunConfig:
         ]:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, found {getattr(self, name)}")
+        if self.racing is not None and not 0.0 < self.racing <= 1.0:
+            raise ValueError(
+                f"racing: expected a confidence above 0 and up to 1, or None, found {self.racing}"
+            )
+        self._check_subsets()
         Sampling(temperature=self.temperature)
         TimeLimits(step=self.step_seconds, episode=self.episode_seconds)
         # The parts check their numbers when they are built, which is hours later for big models.
@@ -111,6 +130,30 @@ class RunConfig:
                 f"checkpoint_archive: expected None or at least 1, found {self.checkpoint_archive}"
             )
 
+    def _check_subsets(self) -> None:
+        if any(a >= b for a, b in pairwise((0, *self.subsets, self.problems))):
+            raise ValueError(
+                f"subsets: expected growing numbers between 1 and problems ({self.problems}), "
+                f"found {list(self.subsets)}"
+            )
+        if self.growth and len(self.growth) != len(self.subsets):
+            raise ValueError(
+                f"growth: expected a generation for each of {len(self.subsets)} subsets, or none, "
+                f"found {list(self.growth)}"
+            )
+        if any(a >= b for a, b in pairwise((1, *self.grows_at, self.generations + 1))):
+            raise ValueError(
+                f"growth: expected growing numbers between 2 and generations ({self.generations}), "
+                f"found {list(self.grows_at)}: the last generations play all problems"
+            )
+
+    @property
+    def grows_at(self) -> tuple[int, ...]:
+        """``growth``, or the generations that make equal parts."""
+        parts = len(self.subsets) + 1
+        equal = tuple(1 + part * self.generations // parts for part in range(1, parts))
+        return self.growth or equal
+
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "RunConfig":
         """The inverse of `to_json`.
@@ -126,7 +169,9 @@ class RunConfig:
                 raise ValueError(f"config.json: expected the settings of a run, found {wrong[0]}")
         ranges = data["preset"]["ranges"]
         preset = {**data["preset"], "ranges": ranges and tuple(map(tuple, ranges))}
-        lists = {name: tuple(data[name]) for name in ("tasks", "uniform_scales")}
+        lists = {
+            name: tuple(data[name]) for name in ("tasks", "uniform_scales", "subsets", "growth")
+        }
         experts = {expert["name"]: expert["folder"] for expert in data["experts"]}
         return cls(**{**data, **lists, "experts": experts, "preset": Preset(**preset)})
 

@@ -256,7 +256,7 @@ def _card(
     config, scores = workspace.config, {}
     if "id" in choice.details:
         born = FamilyTree(read_births(folder.lineage_file)).birth(choice.details["id"])
-        scores["search"] = Measured(born.scores, config.problems)
+        scores["search"] = Measured(born.scores, min(born.problems or [config.problems]))
     chosen_on = dict(zip(config.tasks, choice.scores, strict=True))
     scores["validation"] = Measured(chosen_on, config.final_problems)
     scores["test"] = Measured(test, config.test_problems)

@@ -77,6 +77,7 @@ class Evaluator:
         *,
         phase: str = "population",
         chosen: Chosen | None = None,
+        more: bool = False,
     ) -> Rollout:
         """Play the problems with every candidate, or those that are chosen.
 
@@ -86,6 +87,7 @@ class Evaluator:
             on_progress: called with the number of candidates that are done.
             phase: names the rollout within the run: its seeds and its transcripts.
             chosen: as of `rollout`.
+            more: a part of this phase was played before: its transcripts stay.
         """
         count = jax.tree.leaves(gains)[0].shape[0]
         size = self._workspace.config.children
@@ -104,7 +106,7 @@ class Evaluator:
             return beside(parts)
 
         marks = [] if self._hosts.count == 1 else digests(gains)
-        return self._together(play, problems, count, phase, chosen, marks)
+        return self._together(play, problems, count, phase, chosen, marks, more)
 
     def model(self, params: Any, problems: Problems, *, phase: str = "model") -> Rollout:
         """Play the problems with one model, given as weights; ``phase`` as in `population`."""
@@ -123,10 +125,11 @@ class Evaluator:
         phase: str,
         chosen: Chosen | None,
         marks: Sequence[str],
+        more: bool = False,
     ) -> Rollout:
         """Play this host's part, and return what all hosts played."""
         before = self.decoder.stats.generated_tokens
-        with self._record(phase) as write:
+        with self._record(phase, more) as write:
             if self._hosts.count == 1:
                 played = play(chosen, write)
                 tokens = self.decoder.stats.generated_tokens - before
@@ -146,10 +149,10 @@ class Evaluator:
         self.generated_tokens += tokens
         return played
 
-    def _record(self, phase: str) -> AbstractContextManager[OnEpisode | None]:
+    def _record(self, phase: str, more: bool) -> AbstractContextManager[OnEpisode | None]:
         if self._transcripts is None or not self._hosts.first:
             return nullcontext()
-        return record_transcripts(self._transcripts, phase)
+        return record_transcripts(self._transcripts, phase, more=more)
 
     def _play(
         self,

@@ -26,9 +26,14 @@ class Failures:
     late: int = 0
 
     @classmethod
-    def of(cls, played: Rollout) -> "Failures":
-        """Those of one rollout."""
-        lost = ~np.isfinite(played.scores).all(axis=1)
+    def of(cls, played: Rollout, scores: np.ndarray | None = None) -> "Failures":
+        """Those of one rollout.
+
+        Args:
+            played: the rollout.
+            scores: (candidates, K), where they are not those of all problems.
+        """
+        lost = ~np.isfinite(played.scores if scores is None else scores).all(axis=1)
         return cls(int(lost.sum()), sum(played.failed.values()), sum(played.late.values()))
 
     def __add__(self, other: "Failures") -> "Failures":
@@ -53,19 +58,19 @@ class Failures:
         """The counts by name."""
         return asdict(self)
 
-    def refuse_blindness(self, who: str, played: Rollout) -> None:
-        """Stop where no candidate has a score.
+    def refuse_blindness(self, who: str, played: Rollout, scores: np.ndarray | None = None) -> None:
+        """Stop where no candidate has a score; ``scores`` as of `of`.
 
         Raises:
             GenerationFailed: all have a score that is not finite, or a task no episode of which
                 came to its end; the message says which tasks and what the first errors were.
         """
         names = list(played.solved)
-        lost = ~np.isfinite(played.scores)
+        lost = ~np.isfinite(played.scores if scores is None else scores)
         unplayable = played.unplayable
         if not (lost.any(axis=1).all() or unplayable):
             return
-        count = len(played.scores)
+        count = len(lost)
         said = [f"{name}: no episode came to its end" for name in unplayable]
         said += [
             f"{name}: {lost[:, k].sum()} of {count} candidates without a finite score"

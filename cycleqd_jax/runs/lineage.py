@@ -26,6 +26,8 @@ class Birth:
         archive: the archive whose quality chose the parents; None for a first parent.
         generation: 0 for first parents, then counted from 1.
         scores: task name to score, higher is better; non-finite ones are kept too.
+        problems: how many problems of each task, in their order, the scores are means over, where
+            these are not all: of a child that was left out they are estimates. None: all of them.
         operator: how it was made, in JSON types. A first parent: ``expert``, its name. A child:
             ``keys``, the data of the random keys of crossover and mutation, which with the parents
             and the archive are its exact recipe (a controlled emitter's ``parameters`` belong to
@@ -43,10 +45,14 @@ class Birth:
     operator: dict[str, Any] = field(default_factory=dict)
     digest: str = ""
     time: float = 0.0
+    problems: list[int] | None = None
 
     def to_row(self) -> dict[str, Any]:
         """The birth as a row of ``lineage.jsonl``."""
-        return {**vars(self), "parents": list(self.parents)}
+        row = {**vars(self), "parents": list(self.parents)}
+        if self.problems is None:
+            del row["problems"]
+        return row
 
     @classmethod
     def from_row(cls, row: dict[str, Any]) -> "Birth":
@@ -56,7 +62,7 @@ class Birth:
             LineageError: if the row's entries are not those of a birth.
         """
         names = set(cls.__dataclass_fields__)
-        if set(row) != names:
+        if set(row) | {"problems"} != names:
             raise LineageError(f"birth row: expected the keys {sorted(names)}, found {sorted(row)}")
         whole = all(isinstance(row[name], int) for name in ("id", "generation"))
         parents, scores = row["parents"], row["scores"]

@@ -235,7 +235,7 @@ def _told(birth: Birth, config: RunConfig) -> dict[str, Any]:
 
 def _of_child(run: PastRun, finals: Mapping[str, Any], birth: Birth) -> dict[str, Measured]:
     """What was measured of a model of the lineage, split by split."""
-    found = {"search": Measured(birth.scores, run.config.problems)}
+    found = {"search": Measured(birth.scores, min(birth.problems or [run.config.problems]))}
     validated = finals.get("finalists", {}).get(str(birth.id))
     if validated is not None:
         found["validation"] = Measured(validated, finals["problems"])

@@ -19,6 +19,7 @@ from cycleqd_jax.runs.breeding import first_parents, make_emitter
 from cycleqd_jax.runs.checkpoint import Checkpoints, Restored
 from cycleqd_jax.runs.evaluate import Evaluator
 from cycleqd_jax.runs.failures import Failures
+from cycleqd_jax.runs.fitness import Fitness, Scored, problems_of, results_of
 from cycleqd_jax.runs.folder import RunFolder
 from cycleqd_jax.runs.hosts import ALONE, Hosts
 from cycleqd_jax.runs.jsonl import JsonlWriter, Log, NoLog, truncate_after
@@ -59,6 +60,7 @@ class Search:
         self._hosts = hosts
         self._config = workspace.config
         self._problems = workspace.problems("search", self._config.problems, self._config.seed)
+        self._fitness = Fitness(self._config, evaluator, self._problems)
         self._key = jax.random.key(self._config.seed)
         self._draw = jax.jit(jax.vmap(self._config.preset.crossover_draw))
         self.repertoire: CyclicRepertoire
@@ -97,21 +99,29 @@ class Search:
         experts = first_parents(self._workspace)
         found = checkpoints is not None and checkpoints.latest() is not None
         resuming = self._hosts.broadcast(found)
-        scores = self._logged_scores() if resuming else self._score_experts(experts)
+        if resuming:
+            scores = first = self._logged_scores()
+            # A template: what the elites made of each problem is in the checkpoint.
+            solved = np.zeros((*scores.shape, config.problems), np.float32)
+        else:
+            played = self._play_experts(experts)
+            solved = results_of(played, config.tasks)
+            scores, first = self._name_scores(played.scores), self._fitness.begin(solved)
+        kept = self._fitness.kept(solved)
         self._emitter = make_emitter(self._workspace, scores)
         search = MAPElites(
             scoring_function=None,
             emitter=self._emitter,
             metrics_function=qd_metrics,
-            repertoire_init=partial(CyclicRepertoire.init, keys_extra_scores=("id",)),
+            repertoire_init=partial(CyclicRepertoire.init, keys_extra_scores=("id", *kept)),
         )
         self.repertoire, state, _ = search.init_ask_tell(
             genotypes=experts,
-            fitnesses=jnp.asarray(scores),
-            descriptors=jnp.asarray(scores),
+            fitnesses=jnp.asarray(first),
+            descriptors=jnp.asarray(first),
             centroids=config.preset.build_grid(scores),
             key=self._key,
-            extra_scores={"id": jnp.arange(len(scores), dtype=jnp.int32)},
+            extra_scores={"id": jnp.arange(len(scores), dtype=jnp.int32), **kept},
         )
         done = 0
         failures = Failures()
@@ -119,6 +129,7 @@ class Search:
             template = {"repertoire": compact(self.repertoire), "emitter": state}
             restored = self._restore(checkpoints, template)
             done, failures = restored.generation, Failures(**restored.counters["failures"])
+            self._fitness.resume(restored.counters["orders"])
             self.repertoire = expand(restored.state["repertoire"])
             state = restored.state["emitter"]
         metrics_log, lineage_log = self._logs(done if resuming else -1)
@@ -151,6 +162,7 @@ class Search:
                         {
                             "evaluations": self._evaluations(generation),
                             "failures": failures.to_json(),
+                            "orders": self._fitness.orders,
                         },
                     )
                 if stop:
@@ -184,7 +196,7 @@ class Search:
     def _evaluations(self, generation: int) -> int:
         return len(self._config.experts) + generation * self._config.children
 
-    def _score_experts(self, experts: Any) -> np.ndarray:
+    def _play_experts(self, experts: Any) -> Rollout:
         with Progress("experts", len(self._config.experts)) as progress:
             played = self._evaluator.population(
                 experts,
@@ -193,7 +205,7 @@ class Search:
                 phase="experts",
             )
         Failures.of(played).refuse_blindness("the experts", played)
-        return self._name_scores(played.scores)
+        return played
 
     def _logged_scores(self) -> np.ndarray:
         """The experts' scores that the run began with: grid and archives rest on them."""
@@ -223,52 +235,57 @@ class Search:
     ) -> tuple[Any, dict[str, Any], Failures]:
         """Breed, score and offer one batch; log every child; return the state and a metrics row."""
         started = time.perf_counter()
+        tokens = self._evaluator.generated_tokens
+        self.repertoire, growth = self._fitness.grow(self.repertoire, generation)
+        grown = time.perf_counter()
         # A key per generation rather than a chain of them: a resumed run needs no stored key.
         children, info = search.ask(
             self.repertoire, state, jax.random.fold_in(self._key, generation)
         )
         parents = np.asarray(self.repertoire.extra_scores["id"])[np.asarray(info["parents"])]
         emitted = time.perf_counter()
-        tokens = self._evaluator.generated_tokens
-        phase = f"generation-{generation:06d}"
-        played = self._evaluator.population(children, self._problems, phase=phase)
+        scored = self._fitness.score(children, generation, self.repertoire)
         tokens = self._evaluator.generated_tokens - tokens
-        failed = Failures.of(played)
-        failed.refuse_blindness(f"generation {generation}", played)
-        scored = time.perf_counter()
+        failed = Failures.of(scored.played, scored.scores)
+        failed.refuse_blindness(f"generation {generation}", scored.played, scored.scores)
+        played = time.perf_counter()
         first = self._evaluations(generation - 1)
         ids = np.arange(first, first + self._config.children, dtype=np.int32)
-        scores = jnp.asarray(played.scores)
+        offered = jnp.asarray(scored.offered)
         self.repertoire, state, metrics = search.tell(
             genotypes=children,
-            fitnesses=scores,
-            descriptors=scores,
+            fitnesses=offered,
+            descriptors=offered,
             repertoire=self.repertoire,
             emitter_state=state,
-            extra_scores={"id": jnp.asarray(ids)},
+            extra_scores={"id": jnp.asarray(ids), **self._fitness.kept(scored.solved)},
             extra_info=info,
         )
-        self._log_children(lineage, generation, ids, parents, children, info, played.scores)
+        self._log_children(lineage, generation, ids, parents, children, info, scored)
         entered = acceptance(
             self.repertoire, jnp.asarray(ids), info["archive"], len(self._config.tasks)
         )
-        row = self._row(generation, metrics, played, tokens)
+        row = self._row(generation, metrics, scored, tokens)
         row["archive"] = np.unique(info["archive"]).tolist()
         # One number for the archive a child was bred in; an archive without children has 0 of 0.
         row["offered"] = np.asarray(entered.offered).tolist()
         row["accepted"] = np.asarray(entered.accepted).tolist()
+        if growth is not None:
+            failed += Failures(0, sum(growth.failed.values()), sum(growth.late.values()))
+            row["problems"] += problems_of(growth)
         row["failures"] = failed.to_json()
         row["seconds"] = {
-            "emit": emitted - started,
-            **played.seconds,
-            "add": time.perf_counter() - scored,
+            **({"grow": grown - started} if growth is not None else {}),
+            "emit": emitted - grown,
+            **scored.played.seconds,
+            "add": time.perf_counter() - played,
         }
         if hosts := self._hosts.waiting():
             row["hosts"] = hosts
         return state, row, failed
 
     def _row(
-        self, generation: int, metrics: Mapping[str, Any], played: Rollout, tokens: int
+        self, generation: int, metrics: Mapping[str, Any], scored: Scored, tokens: int
     ) -> dict[str, Any]:
         means = np.asarray(self.repertoire.scores).mean(axis=1)
         return {
@@ -281,7 +298,8 @@ class Search:
             "best_mean": float(means[np.asarray(self.repertoire.occupied)].max()),
             "elites": int(metrics["num_elites"]),
             "tokens": tokens,
-            "tokens_per_second": tokens / max(played.seconds["model"], 1e-9),
+            "problems": scored.problems,
+            "tokens_per_second": tokens / max(scored.played.seconds["model"], 1e-9),
             **({"device_memory": memory} if (memory := device_memory()) else {}),
         }
 
@@ -308,7 +326,7 @@ class Search:
         parents: np.ndarray,
         children: Any,
         info: Mapping[str, Any],
-        scores: np.ndarray,
+        scored: Scored,
     ) -> None:
         # What the emitter says of a child is its recipe; what the crossover drew is for readers.
         recipe = {name: value for name, value in info.items() if name not in ("parents", "archive")}
@@ -325,7 +343,8 @@ class Search:
                 parents=tuple(parents[child].tolist()),
                 archive=archive,
                 generation=generation,
-                scores=self._named(scores[child]),
+                scores=self._named(scored.scores[child]),
+                problems=scored.problems_of(child),
                 operator={**operator, "expert": names[self._emitter.experts[archive]]},
                 digest=marks[child],
                 time=now,

@@ -10,14 +10,18 @@ from cycleqd_jax.tasks.transcript import Transcript
 
 
 @contextmanager
-def record_transcripts(folder: Path, phase: str) -> Iterator[Callable[[Transcript], None]]:
+def record_transcripts(
+    folder: Path, phase: str, *, more: bool = False
+) -> Iterator[Callable[[Transcript], None]]:
     """Write transcripts to ``folder/PHASE.jsonl`` while the block lasts, each as its episode ends.
 
-    A file of that name is begun anew: it is of the same rollout, which was interrupted.
+    A file of that name is begun anew: it is of the same rollout, which was interrupted. With
+    ``more`` it goes on: what is to come is another part of the rollout.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = transcript_file(folder, phase)
-    path.unlink(missing_ok=True)
+    if not more:
+        path.unlink(missing_ok=True)
     with JsonlWriter(path, plain=True) as log:
         yield lambda transcript: log.write(transcript.to_row())
 

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,26 @@ class ScriptedEvaluator:
         self.generated_tokens = 0
 
     def population(
-        self, gains: Any, problems: Any, on_progress: Any = None, *, phase: str
+        self,
+        gains: Any,
+        problems: Any,
+        on_progress: Any = None,
+        *,
+        phase: str,
+        chosen: Any = None,
+        more: bool = False,
     ) -> Rollout:
         leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gains)]
         flat = np.concatenate([leaf.reshape(len(leaf), -1) for leaf in leaves], axis=1)
         self.generated_tokens += 10 * len(flat)
-        return self._play(flat.astype(np.float64), problems)
+        played = self._play(flat.astype(np.float64), problems)
+        if chosen is None:
+            return played
+        masked = {
+            name: np.where(chosen[name][:, :, None], found, np.float32(np.nan))
+            for name, found in played.attempts.items()
+        }
+        return replace(played, attempts=masked)
 
     def model(self, params: Any, problems: Any, *, phase: str) -> Rollout:
         flat = np.concatenate([np.ravel(leaf)[:200] for leaf in jax.tree.leaves(params)])

@@ -23,6 +23,7 @@ from cycleqd_jax.runs.jsonl import read_jsonl
 pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("killed_run.py")
 KILLS = 20
+CHEAP_KILLS = 4
 
 
 class Runs:
@@ -30,6 +31,7 @@ class Runs:
 
     def __init__(self, config: RunConfig, folder: Path) -> None:
         self.folder = folder
+        self.config = config
         self._config = folder / "config.json"
         write_json_atomic(self._config, config.to_json())
 
@@ -128,6 +130,28 @@ def test_a_run_killed_at_twenty_moments_ends_as_if_nothing_had_happened(
             kills += not done
         assert runs.finish(run).get("repertoire", printed["repertoire"]) == printed["repertoire"]
         assert_equal(outcome(run), expected)
+
+
+def test_a_killed_run_of_cheaper_fitness_ends_as_if_nothing_had_happened(
+    runs: Runs, tmp_path: Path
+) -> None:
+    settings = replace(runs.config, racing=0.6, racing_block=3, subsets=(5, 10), growth=(4, 8))
+    cheap = Runs(settings, tmp_path)
+    printed = cheap.finish(tmp_path / "whole")
+    expected, events = outcome(tmp_path / "whole"), int(printed["events"])
+    assert any('"problems": [5, 5, 5]' in row for row in expected["lineage"])
+    dice, kills = random.Random(1), 0
+    while kills < CHEAP_KILLS:
+        run = tmp_path / "killed"
+        process = cheap.start(run, dice.randint(1, events))
+        process.communicate(timeout=300)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL, cheap.errors()
+        kills += 1
+    assert kills
+    assert cheap.finish(run).get("repertoire", printed["repertoire"]) == printed["repertoire"]
+    assert_equal(outcome(run), expected)
 
 
 def test_the_second_process_on_a_folder_is_refused(runs: Runs) -> None:

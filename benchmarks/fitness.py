@@ -1,0 +1,240 @@
+"""What cheaper fitness saves: problems evaluated until the search is as far as with all of them.
+
+    python benchmarks/fitness.py [--out runs/fitness] [--seeds 0 1 2 3 4] [--arms NAME ...]
+                                 [--generations 30] [--json FILE]
+
+Breeds the quickstart's family with its settings, once an arm and seed: full evaluation, and ways to
+score children on fewer problems (`cycleqd_jax.runs.fitness`). Every run is a run folder below
+--out: a script that was cut goes on where it stood. Then, per seed,
+
+- the QD score (sum over the three archives) on all search problems, over the problems evaluated
+  until then, the experts' and those of growing elites included. Generations of an arm that score on
+  subsets have no such score and are left out, so that an arm is never flattered.
+- how many problems an arm needs to reach the QD score that full evaluation ends with, against those
+  that full evaluation needed to reach it first.
+- the mean of `cycleqd/best` on the test split, which no search has met.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+from measuring import Row, row, write_rows
+
+from cycleqd_jax.cache import default_cache
+from cycleqd_jax.qd.presets import DEFAULT
+from cycleqd_jax.runs.compilation import cache_compilations
+from cycleqd_jax.runs.config import RunConfig
+from cycleqd_jax.runs.evaluate import Evaluator
+from cycleqd_jax.runs.family import FamilyConfig, make_family
+from cycleqd_jax.runs.files import read_json, write_json_atomic
+from cycleqd_jax.runs.finalists import choose_finals
+from cycleqd_jax.runs.folder import RunFiles, RunFolder
+from cycleqd_jax.runs.jsonl import read_jsonl
+from cycleqd_jax.runs.monitor import Monitor
+from cycleqd_jax.runs.search import Search
+from cycleqd_jax.runs.watch import Watch
+from cycleqd_jax.runs.workspace import open_workspace
+from cycleqd_jax.sandbox import open_sandbox
+from cycleqd_jax.sandbox.memo import MemoSandbox
+from cycleqd_jax.tasks.benchmark import sandbox_limits
+from cycleqd_jax.tasks.registry import TASKS, make_tasks
+
+ARMS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "racing, bound": {"racing": 1.0},
+    "racing, 0.8": {"racing": 0.8, "racing_block": 4, "generations": 36},
+    "subsets": {"subsets": (16,), "growth": (11,)},
+    "racing, 0.8, and subsets": {
+        "racing": 0.8,
+        "racing_block": 4,
+        "subsets": (16,),
+        "growth": (11,),
+        "generations": 36,
+    },
+}
+"""Arm → the settings that differ from full evaluation."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one run.
+
+    Attributes:
+        problems: evaluated until the end of each generation, experts included.
+        qd: the QD score on all search problems then; None where elites were scored on fewer.
+        test: mean score of the best model on the test split.
+        error: its standard error, the problems being drawn.
+        seconds: of the search.
+        memo: jobs answered from memory, jobs run.
+    """
+
+    problems: list[int]
+    qd: list[float | None]
+    test: float
+    error: float
+    seconds: float
+    memo: tuple[int, int]
+
+    def reach(self, target: float) -> int | None:
+        """Problems evaluated until the QD score was at least ``target``; None: never."""
+        reached = [
+            n for n, qd in zip(self.problems, self.qd, strict=True) if qd and qd >= target - 1e-6
+        ]
+        return reached[0] if reached else None
+
+
+def main() -> None:
+    """Run the arms and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/fitness"))
+    parser.add_argument("--cache", type=Path, default=default_cache())
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--generations", type=int, default=30)
+    parser.add_argument("--json", type=Path)
+    chosen = parser.parse_args()
+    cache_compilations(chosen.cache)
+    tasks = tuple(TASKS)
+    family = make_family(chosen.cache, FamilyConfig(tasks=tasks), make_tasks(tasks))
+    full = RunConfig(
+        base=str(family.base),
+        experts={name: str(folder) for name, folder in family.experts.items()},
+        tasks=tasks,
+        generations=chosen.generations,
+        rank=32,
+        preset=replace(
+            DEFAULT,
+            bins=6,
+            crossover_std=0.5,
+            mutation_strength=0.4,
+            alpha_low=0.1,
+            alpha_high=1.0,
+        ),
+    )
+    outcomes: dict[str, dict[int, Outcome]] = {arm: {} for arm in chosen.arms}
+    for seed in chosen.seeds:
+        for arm in chosen.arms:
+            config = replace(full, seed=seed, **ARMS[arm])
+            name = "-".join([*arm.replace(",", "").split(), str(seed)])
+            outcomes[arm][seed] = found = play(config, chosen.out / name, chosen.cache)
+            print(
+                f"seed {seed}, {arm}: {found.problems[-1]} problems, QD score {found.qd[-1]:.2f}, "
+                f"test {found.test:.3f} ± {found.error:.3f}, {found.seconds:.0f} s, "
+                f"memo {found.memo[0]} of {sum(found.memo)}",
+                flush=True,
+            )
+    write_rows(chosen.json, table(outcomes) if "full" in outcomes else [])
+
+
+def play(config: RunConfig, out: Path, cache: Path) -> Outcome:
+    """One run, or the rest of it: the search, the choice of the best, its test."""
+    files, measured = RunFiles(out), out / "measured.json"
+    if not measured.exists():
+        started = time.perf_counter()
+        with RunFolder.open(out, config.to_json()) as folder:
+            workspace = open_workspace(config, cache)
+            limits = sandbox_limits(workspace.tasks)
+            with MemoSandbox(open_sandbox(config.sandbox, limits)) as sandbox:
+                evaluator = Evaluator(workspace, sandbox)
+                search = Search(
+                    workspace,
+                    evaluator,
+                    folder,
+                    Monitor(Watch(), folder, config.tasks, config.to_json()),
+                )
+                search.run()
+                seconds, memo = time.perf_counter() - started, (sandbox.hits, sandbox.misses)
+                finals = choose_finals(
+                    workspace,
+                    evaluator,
+                    search.repertoire,
+                    workspace.problems("validation", config.final_problems, config.seed),
+                )
+                best = jax.tree.map(lambda leaf: leaf[None], finals.best.gains)
+                test = workspace.problems("test", config.test_problems, config.seed)
+                played = evaluator.population(best, test, phase="test-cycleqd/best")
+        scores = [played.solved[name][0] for name in config.tasks]
+        means = [float(score.mean()) for score in scores]
+        variance = sum(float(score.var(ddof=1)) / len(score) for score in scores)
+        write_json_atomic(
+            measured,
+            {
+                "test": sum(means) / len(means),
+                "error": variance**0.5 / len(scores),
+                "seconds": seconds,
+                "memo": memo,
+            },
+        )
+    rest = read_json(measured)
+    rows = read_jsonl(files.metrics_file)
+    spent = len(config.experts) * config.problems * len(config.tasks)
+    problems: list[int] = []
+    qd: list[float | None] = []
+    last = config.grows_at[-1] if config.subsets else 1
+    for generation in rows:
+        spent += generation["problems"]
+        problems.append(spent)
+        qd.append(sum(generation["qd_score"]) if generation["generation"] >= last else None)
+    return Outcome(problems, qd, rest["test"], rest["error"], rest["seconds"], tuple(rest["memo"]))
+
+
+def table(outcomes: Mapping[str, Mapping[int, Outcome]]) -> list[Row]:
+    """A row an arm: the median over the seeds of the problems to full evaluation's QD score."""
+    rows = []
+    full = outcomes["full"]
+    for arm, runs in outcomes.items():
+        if arm == "full":
+            continue
+        seeds = sorted(runs)
+        targets = {seed: full[seed].qd[-1] or 0.0 for seed in seeds}
+        needed = {seed: full[seed].reach(targets[seed]) or 0 for seed in seeds}
+        reached = {seed: runs[seed].reach(targets[seed]) for seed in seeds}
+        ratios = [needed[s] / at for s in seeds if (at := reached[s]) is not None]
+        gains = [runs[seed].test - full[seed].test for seed in seeds]
+        spent = [runs[seed].problems[-1] / full[seed].problems[-1] for seed in seeds]
+        ends = [(runs[seed].qd[-1] or 0.0) / targets[seed] for seed in seeds]
+        # Seeds that never came so far count as the worst.
+        every = sorted([*ratios, *([0.0] * (len(seeds) - len(ratios)))])
+        median = statistics.median(every)
+        found = row(
+            f"problems to full evaluation's QD score: {arm}",
+            statistics.median(needed.values()) / median if median else float("inf"),
+            statistics.median(needed.values()),
+            "full evaluation",
+            "problems",
+            ratios=[round(ratio, 3) for ratio in ratios],
+            reached=f"{len(ratios)} of {len(seeds)}",
+            share_of_problems=_spread(spent),
+            final_qd=_spread(ends),
+            test=_spread([runs[seed].test for seed in seeds]),
+            test_full=_spread([full[seed].test for seed in seeds]),
+            test_gain=_spread(gains),
+            seconds=_spread([runs[seed].seconds / full[seed].seconds for seed in seeds]),
+        )
+        rows.append(found)
+        print(
+            f"{arm}: QD score reached in {found['reached']} seeds, ratios {found['ratios']}, "
+            f"median {median:.2f}; share of problems {found['share_of_problems']}, final QD score "
+            f"{found['final_qd']}, gain on test {found['test_gain']}"
+        )
+    return rows
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Mean and standard error."""
+    if len(values) < 2:
+        return f"{values[0]:.3f}"
+    error = statistics.stdev(values) / len(values) ** 0.5
+    return f"{statistics.mean(values):.3f} ± {error:.3f}"
+
+
+if __name__ == "__main__":
+    main()
