@@ -178,12 +178,13 @@ def play(config: RunConfig, out: Path, cache: Path) -> Outcome:
     spent = len(config.experts) * config.problems * len(config.tasks)
     problems: list[int] = []
     qd: list[float | None] = []
+    hits, misses = rest["memo"]
     last = config.grows_at[-1] if config.subsets else 1
     for generation in rows:
         spent += generation["problems"]
         problems.append(spent)
         qd.append(sum(generation["qd_score"]) if generation["generation"] >= last else None)
-    return Outcome(problems, qd, rest["test"], rest["error"], rest["seconds"], tuple(rest["memo"]))
+    return Outcome(problems, qd, rest["test"], rest["error"], rest["seconds"], (hits, misses))
 
 
 def table(outcomes: Mapping[str, Mapping[int, Outcome]]) -> list[Row]:

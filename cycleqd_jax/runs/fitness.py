@@ -49,7 +49,7 @@ class Scored:
     Attributes:
         played: its episodes.
         solved: (B, K, N) float32, means over the repeats, NaN where not played.
-        scores: (B, K) float32, means over the problems that were played.
+        scores: (B, K) float32, means over the problems; of those left out what was expected then.
         racing: (B,) bool, False for those that were left out before their end: their scores are
             estimates and enter no archive.
         whole: every problem of the config was meant to be played.
@@ -140,6 +140,7 @@ class Fitness:
         config, size = self._config, self.size(generation)
         phase = f"generation-{generation:06d}"
         racing = np.ones(jax.tree.leaves(children)[0].shape[0], bool)
+        estimates = np.full((len(racing), len(self._names)), np.nan, np.float32)
         if config.racing is None and size == config.problems:
             played = self._evaluator.population(children, self._problems, phase=phase)
             solved = results_of(played, self._names)
@@ -158,10 +159,12 @@ class Fitness:
             solved = results_of(together(parts), self._names)
             if start + block < len(sequence):
                 dice = np.random.default_rng([config.seed, _BELIEF, generation, number])
-                racing &= self._may_enter(solved, size, repertoire, belief, dice)
+                may_enter, now = self._look(solved, size, repertoire, belief, dice)
+                estimates[racing] = now[racing]
+                racing &= may_enter
             if not racing.any():
                 break
-        scores = np.where(racing[:, None], self._means(solved, size), _estimates(solved))
+        scores = np.where(racing[:, None], self._means(solved, size), estimates)
         return Scored(together(parts), solved, scores, racing, size == config.problems)
 
     def grow(
@@ -232,30 +235,31 @@ class Fitness:
         scores: np.ndarray = self._subset(solved, size).mean(axis=2)
         return scores
 
-    def _may_enter(
+    def _look(
         self,
         solved: np.ndarray,
         size: int,
         repertoire: CyclicRepertoire,
         belief: Belief | None,
         dice: np.random.Generator,
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which children may still enter an archive, and what is to be expected of all scores."""
         state = np.asarray(repertoire.scores), np.asarray(repertoire.cells)
         results = self._subset(solved, size)
         ends = [final_range(results[:, k]) for k in range(results.shape[1])]
         lower, upper = (np.stack(end, axis=1) for end in zip(*ends, strict=True))
         possible = can_enter(repertoire.tessellation, *state, lower, upper)
         if belief is None:
-            return possible
+            return possible, _means_so_far(results)
         assert self._config.racing is not None
         finals = draw_finals(dice, belief, results, _DRAWS)
         chance = chance_of_entering(repertoire.tessellation, *state, finals)
-        return possible & (chance > 1.0 - self._config.racing)
+        return possible & (chance > 1.0 - self._config.racing), finals.mean(axis=0)
 
 
-def _estimates(solved: np.ndarray) -> np.ndarray:
-    known = ~np.isnan(solved)
-    total = np.where(known, solved, 0.0).sum(axis=2)
+def _means_so_far(results: np.ndarray) -> np.ndarray:
+    known = ~np.isnan(results)
+    total = np.where(known, results, 0.0).sum(axis=2)
     with np.errstate(invalid="ignore"):
         means: np.ndarray = (total / known.sum(axis=2)).astype(np.float32)
     return means

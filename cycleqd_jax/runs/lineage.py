@@ -26,8 +26,8 @@ class Birth:
         archive: the archive whose quality chose the parents; None for a first parent.
         generation: 0 for first parents, then counted from 1.
         scores: task name to score, higher is better; non-finite ones are kept too.
-        problems: how many problems of each task, in their order, the scores are means over, where
-            these are not all: of a child that was left out they are estimates. None: all of them.
+        problems: how many problems of each task, in their order, the scores rest on, where these
+            are not all: those of a child that was left out are estimates. None: all of them.
         operator: how it was made, in JSON types. A first parent: ``expert``, its name. A child:
             ``keys``, the data of the random keys of crossover and mutation, which with the parents
             and the archive are its exact recipe (a controlled emitter's ``parameters`` belong to

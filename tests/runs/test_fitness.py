@@ -134,6 +134,16 @@ def test_racing_by_the_bound_ends_with_the_same_archives_and_fewer_problems(seed
                 assert one.scores[child] == pytest.approx(estimate)
 
 
+def test_a_child_that_is_left_out_has_an_estimate_on_every_task() -> None:
+    # A block of two problems need not hold one of each task.
+    loop = Loop(replace(CONFIG, racing=0.5, racing_block=1), table_of(3)).run()
+    out = np.concatenate([~one.racing for one in loop.scored])
+    scores = np.concatenate([one.scores for one in loop.scored])[out]
+    counts = [one.problems_of(i) for one in loop.scored for i in range(CHILDREN)]
+    assert any(count is not None and 0 in count for count in counts)
+    assert ((scores >= 0.0) & (scores <= 1.0)).all()
+
+
 def test_parts_of_a_generation_are_one_phase_and_no_episode_is_played_twice() -> None:
     loop = Loop(replace(CONFIG, racing=0.7, racing_block=5), table_of(0)).run()
     for generation in range(1, GENERATIONS + 1):
