@@ -95,8 +95,8 @@ def transcripts(run: Path) -> dict[str, list[Any]]:
     """What was said and scored; two programs of a pipe write to stderr in any order."""
     return {
         path.name: [
-            (t.task, t.problem, t.candidate, t.repeat, t.score, t.ended)
-            + tuple(step for step in t.steps if isinstance(step, Turn))
+            [t.task, t.problem, t.candidate, t.repeat, t.score, t.ended]
+            + [step for step in t.steps if isinstance(step, Turn)]
             for t in read_transcripts(path)
         ]
         for path in (run / "transcripts").iterdir()
