@@ -93,14 +93,13 @@ def outcome(run: Path) -> dict[str, Any]:
 
 def transcripts(run: Path) -> dict[str, list[Any]]:
     """What was said and scored; two programs of a pipe write to stderr in any order."""
-    return {
-        path.name: [
-            [t.task, t.problem, t.candidate, t.repeat, t.score, t.ended]
-            + [step for step in t.steps if isinstance(step, Turn)]
-            for t in read_transcripts(path)
-        ]
-        for path in (run / "transcripts").iterdir()
-    }
+    found = {}
+    for path in (run / "transcripts").iterdir():
+        rows = read_transcripts(path)
+        said = [[step for step in t.steps if isinstance(step, Turn)] for t in rows]
+        ends = [(t.task, t.problem, t.candidate, t.repeat, t.score, t.ended) for t in rows]
+        found[path.name] = list(zip(ends, said, strict=True))
+    return found
 
 
 def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
