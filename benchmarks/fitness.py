@@ -27,23 +27,21 @@ import jax
 from measuring import Row, row, write_rows
 
 from cycleqd_jax.cache import default_cache
-from cycleqd_jax.qd.presets import DEFAULT
 from cycleqd_jax.runs.compilation import cache_compilations
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.evaluate import Evaluator
-from cycleqd_jax.runs.family import FamilyConfig, make_family
 from cycleqd_jax.runs.files import read_json, write_json_atomic
 from cycleqd_jax.runs.finalists import choose_finals
 from cycleqd_jax.runs.folder import RunFiles, RunFolder
 from cycleqd_jax.runs.jsonl import read_jsonl
 from cycleqd_jax.runs.monitor import Monitor
+from cycleqd_jax.runs.quickstart import quickstart_config
 from cycleqd_jax.runs.search import Search
 from cycleqd_jax.runs.watch import Watch
 from cycleqd_jax.runs.workspace import open_workspace
 from cycleqd_jax.sandbox import open_sandbox
 from cycleqd_jax.sandbox.memo import MemoSandbox
 from cycleqd_jax.tasks.benchmark import sandbox_limits
-from cycleqd_jax.tasks.registry import TASKS, make_tasks
 
 ARMS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -102,23 +100,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     cache_compilations(chosen.cache)
-    tasks = tuple(TASKS)
-    family = make_family(chosen.cache, FamilyConfig(tasks=tasks), make_tasks(tasks))
-    full = RunConfig(
-        base=str(family.base),
-        experts={name: str(folder) for name, folder in family.experts.items()},
-        tasks=tasks,
-        generations=chosen.generations,
-        rank=32,
-        preset=replace(
-            DEFAULT,
-            bins=6,
-            crossover_std=0.5,
-            mutation_strength=0.4,
-            alpha_low=0.1,
-            alpha_high=1.0,
-        ),
-    )
+    full = quickstart_config(chosen.cache, generations=chosen.generations)
     outcomes: dict[str, dict[int, Outcome]] = {arm: {} for arm in chosen.arms}
     for seed in chosen.seeds:
         for arm in chosen.arms:

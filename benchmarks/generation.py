@@ -28,8 +28,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,25 +46,22 @@ from cycleqd_jax.merging.expert_svd import draw_expert_gains
 from cycleqd_jax.merging.spectral import MatrixFactors, gain_layout, is_factors, materialise
 from cycleqd_jax.models.convert import save_model
 from cycleqd_jax.models.specs import leaf_table
-from cycleqd_jax.qd.presets import DEFAULT
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.runs.compilation import cache_compilations
-from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.evaluate import Evaluator
-from cycleqd_jax.runs.family import FamilyConfig, make_family
 from cycleqd_jax.runs.folder import RunFolder
 from cycleqd_jax.runs.lineage import Birth, read_births
 from cycleqd_jax.runs.monitor import Monitor
 from cycleqd_jax.runs.policy import Conversations
+from cycleqd_jax.runs.quickstart import quickstart_config
 from cycleqd_jax.runs.release import PastRun
 from cycleqd_jax.runs.search import Search
 from cycleqd_jax.runs.transcripts import read_transcripts, transcript_file
 from cycleqd_jax.runs.transformers_policy import TransformersPolicy
 from cycleqd_jax.runs.watch import Watch
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
-from cycleqd_jax.sandbox import Job, MemoSandbox, Outcome, Sandbox, open_sandbox
+from cycleqd_jax.sandbox import MemoSandbox, Sandbox, open_sandbox
 from cycleqd_jax.tasks.base import Request
-from cycleqd_jax.tasks.registry import TASKS, make_tasks
 from cycleqd_jax.tasks.rollout import rollout
 from cycleqd_jax.tasks.transcript import Transcript, Turn
 
@@ -82,11 +77,11 @@ def main() -> None:
     disable_progress_bar()
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     cache_compilations(default_cache())
-    config = quickstart(1 + options.generations)
+    config = quickstart_config(default_cache(), generations=1 + options.generations)
     workspace = open_workspace(config, default_cache())
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
-        with Forgetful(open_sandbox(config.sandbox)) as sandbox:
+        with MemoSandbox(open_sandbox(config.sandbox)) as sandbox:
             evaluator = Evaluator(workspace, sandbox)
             recorder = Evaluator(workspace, sandbox, out / "transcripts")
             with RunFolder.open(out, config.to_json()) as folder:
@@ -95,53 +90,6 @@ def main() -> None:
                 Search(workspace, evaluator, folder, turns).run()
                 turns.finish()
     write_rows(options.json, [report(turns, workspace)])
-
-
-def quickstart(generations: int) -> RunConfig:
-    """The settings of `experiments/quickstart.py`, with another number of generations."""
-    tasks = tuple(TASKS)
-    family = make_family(default_cache(), FamilyConfig(tasks=tasks), make_tasks(tasks))
-    return RunConfig(
-        base=str(family.base),
-        experts={name: str(folder) for name, folder in family.experts.items()},
-        tasks=tasks,
-        generations=generations,
-        rank=32,
-        preset=replace(
-            DEFAULT,
-            bins=6,
-            crossover_std=0.5,
-            mutation_strength=0.4,
-            alpha_low=0.1,
-            alpha_high=1.0,
-        ),
-    )
-
-
-class Forgetful:
-    """A sandbox as a run has it, whose memory of former programs can be emptied."""
-
-    def __init__(self, inner: Sandbox) -> None:
-        self._inner = inner
-        self.forget()
-
-    def forget(self) -> None:
-        self.memory = MemoSandbox(self._inner)
-
-    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        return self.memory.run(jobs)
-
-    def submit(self, jobs: Sequence[Job]) -> list[Future[Outcome]]:
-        return self.memory.submit(jobs)
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def __enter__(self) -> "Forgetful":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 class Turns(Monitor):
@@ -163,7 +111,7 @@ class Turns(Monitor):
         folder: RunFolder,
         evaluator: Evaluator,
         recorder: Evaluator,
-        sandbox: Forgetful,
+        sandbox: MemoSandbox,
         pipeline: "Pipeline",
     ) -> None:
         super().__init__(Watch(), folder, workspace.config.tasks, workspace.config.to_json())

@@ -25,33 +25,29 @@ import numpy as np
 from measuring import Row, best_of, row, write_rows
 
 from cycleqd_jax.cache import default_cache
-from cycleqd_jax.qd.presets import DEFAULT
 from cycleqd_jax.runs.breeding import first_parents, make_emitter
 from cycleqd_jax.runs.compilation import cache_compilations
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.division import Costs, deal, work_done
 from cycleqd_jax.runs.driver import evolve
 from cycleqd_jax.runs.evaluate import Evaluator
-from cycleqd_jax.runs.family import FamilyConfig, make_family
 from cycleqd_jax.runs.files import read_json, write_json_atomic
 from cycleqd_jax.runs.joining import joined_hosts
 from cycleqd_jax.runs.jsonl import read_jsonl
 from cycleqd_jax.runs.lineage import FamilyTree, read_births
+from cycleqd_jax.runs.quickstart import quickstart_config
 from cycleqd_jax.runs.rebuild import rebuild
 from cycleqd_jax.runs.transcripts import read_transcripts
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
-from cycleqd_jax.sandbox import Job, Outcome, Sandbox, open_sandbox
+from cycleqd_jax.sandbox import open_sandbox
 from cycleqd_jax.sandbox.memo import MemoSandbox
 from cycleqd_jax.tasks.benchmark import sandbox_limits
-from cycleqd_jax.tasks.registry import TASKS, make_tasks
 
 MEASURED = (1, 2, 4)
 SIMULATED = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 # Of a cluster, assumed: what a message takes at least, and 25 Gbit/s.
 NETWORK_SECONDS = 50e-6
 NETWORK_BYTES = 25e9 / 8
-
-
 # Gathers of a generation (`Division`, `Search`), each of two or more collectives.
 GATHERS = 3
 
@@ -86,7 +82,14 @@ def main() -> None:
         return
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[:1])
-    config = quickstart(options.cache, options.generations)
+    config = replace(  # as little as possible after the search
+        quickstart_config(options.cache, generations=options.generations),
+        finalists=1,
+        final_problems=1,
+        test_problems=1,
+        uniform_scales=(0.5,),
+        checkpoint_every=1,
+    )
     with tempfile.TemporaryDirectory() as folder:
         runs = {n: Path(folder) / f"run-{n}" for n in MEASURED}
         found = {n: measure(config, run, options.cache, n, cores) for n, run in runs.items()}
@@ -109,31 +112,6 @@ def main() -> None:
         ]
         rows += simulate(config, runs[1], options.cache, found)
     write_rows(options.json, rows)
-
-
-def quickstart(cache: Path, generations: int) -> RunConfig:
-    """The quickstart's run, with as little as possible after its search."""
-    family = make_family(cache, FamilyConfig(tasks=tuple(TASKS)), make_tasks(tuple(TASKS)))
-    return RunConfig(
-        base=str(family.base),
-        experts={name: str(folder) for name, folder in family.experts.items()},
-        tasks=tuple(TASKS),
-        generations=generations,
-        rank=32,
-        preset=replace(
-            DEFAULT,
-            bins=6,
-            crossover_std=0.5,
-            mutation_strength=0.4,
-            alpha_low=0.1,
-            alpha_high=1.0,
-        ),
-        finalists=1,
-        final_problems=1,
-        test_problems=1,
-        uniform_scales=(0.5,),
-        checkpoint_every=1,
-    )
 
 
 def measure(
@@ -186,32 +164,6 @@ def work(port: str, process: int, count: int, file: Path, run: Path, cache: Path
         print(f"gather {seconds}", flush=True)
 
 
-class Forgetful:
-    """A sandbox whose memory of programs can be wiped, so that every rollout is as the first."""
-
-    def __init__(self, inner: Sandbox) -> None:
-        self._inner = inner
-        self.forget()
-
-    def forget(self) -> None:
-        self._memo = MemoSandbox(self._inner)
-
-    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        return self._memo.run(jobs)
-
-    def submit(self, jobs: Sequence[Job]) -> Any:
-        return self._memo.submit(jobs)
-
-    def close(self) -> None:
-        self._memo.close()
-
-    def __enter__(self) -> "Forgetful":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
 def simulate(config: RunConfig, run: Path, cache: Path, found: Mapping[int, Measured]) -> list[Row]:
     """What a generation takes on up to 256 hosts like this core."""
     workspace = open_workspace(config, cache)
@@ -241,8 +193,7 @@ def simulate(config: RunConfig, run: Path, cache: Path, found: Mapping[int, Meas
     heads = ("hosts", "play", "imbalance", "serial", "gather", "generation", "speed", "of ideal")
     print("  " + " ".join(f"{head:>10s}" for head in heads))
     limits = sandbox_limits(workspace.tasks)
-    with open_sandbox(config.sandbox, limits) as inner:
-        sandbox = Forgetful(inner)
+    with MemoSandbox(open_sandbox(config.sandbox, limits)) as sandbox:
         evaluator = Evaluator(workspace, sandbox)
         for hosts in SIMULATED:
             owner = deal(expected, everything, hosts)

@@ -7,22 +7,19 @@ in a cache; later starts only evolve.
 """
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
 from cycleqd_jax.cache import default_cache
-from cycleqd_jax.qd.presets import DEFAULT
 from cycleqd_jax.runs.command import Command
 from cycleqd_jax.runs.compilation import cache_compilations
-from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.console import main_guard
-from cycleqd_jax.runs.family import FamilyConfig, make_family
 from cycleqd_jax.runs.launch import launch
+from cycleqd_jax.runs.quickstart import quickstart_config
 from cycleqd_jax.runs.watch import Watch
-from cycleqd_jax.tasks.registry import TASKS, make_tasks
 
 
 @dataclass(frozen=True)
@@ -49,25 +46,8 @@ def main() -> None:
     chosen = tyro.cli(Quickstart, description=about)
     cache_compilations(chosen.cache)
     started = time.perf_counter()
-    family = make_family(chosen.cache, FamilyConfig(tasks=tuple(TASKS)), make_tasks(tuple(TASKS)))
+    config = quickstart_config(chosen.cache, seed=chosen.seed, generations=chosen.generations)
     trained = time.perf_counter() - started
-    config = RunConfig(
-        base=str(family.base),
-        experts={name: str(folder) for name, folder in family.experts.items()},
-        tasks=tuple(TASKS),
-        seed=chosen.seed,
-        generations=chosen.generations,
-        rank=32,
-        # The paper breeds for days: two minutes need bolder steps, fewer cells, sharper selection.
-        preset=replace(
-            DEFAULT,
-            bins=6,
-            crossover_std=0.5,
-            mutation_strength=0.4,
-            alpha_low=0.1,
-            alpha_high=1.0,
-        ),
-    )
     out = chosen.out or Path("runs") / f"quickstart-{chosen.seed}"
     command = Command(run=config, watch=chosen.watch, out=out, cache=chosen.cache)
     launch(command, train_seconds=trained)

@@ -85,11 +85,15 @@ class MemoSandbox:
             else:
                 future.set_exception(error)
 
+    def forget(self) -> None:
+        """Run everything anew from here on; what is under way is remembered when it ends."""
+        with self._lock:
+            self._known.clear()
+
     def close(self) -> None:
         """Forget everything and close the inner sandbox."""
         self._inner.close()
-        with self._lock:
-            self._known.clear()
+        self.forget()
 
     def __enter__(self) -> "MemoSandbox":
         return self

@@ -34,7 +34,11 @@ def test_both_pipelines_score_the_same_children_alike(
     generation: Any, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny = replace(config, rank=4)
-    monkeypatch.setattr(generation, "quickstart", lambda count: replace(tiny, generations=count))
+
+    def settings(cache: Path, *, generations: int) -> RunConfig:
+        return replace(tiny, generations=generations)
+
+    monkeypatch.setattr(generation, "quickstart_config", settings)
     monkeypatch.setenv("CYCLEQD_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(
         sys, "argv", ["generation.py", "--generations", "2", "--json", str(tmp_path / "rows.json")]

@@ -44,6 +44,16 @@ def test_inside_a_batch_and_across_batches():
     assert inner.closed
 
 
+def test_what_is_forgotten_is_run_anew():
+    inner = Counting()
+    with MemoSandbox(inner) as memo:
+        memo.run([bash("a")])
+        memo.forget()
+        memo.run([bash("a")])
+        memo.run([bash("a")])
+    assert inner.batches == [["a"], ["a"]]
+
+
 def test_every_field_counts():
     inner = Counting()
     jobs = [
