@@ -14,7 +14,8 @@ all cores), and offers the child to every archive; a child that enters one is wr
 Both do the same work. The peer is given what ours drew (parents, merge weights, scales), so its
 children are the same models; the transcripts of all episodes (ours of a second play, not timed),
 the scores and the archives are compared. Drawing costs the peer nothing. Both play in the same
-sandbox, and both begin every generation without remembering what programs did before.
+sandbox, and both begin a generation with the memory that a run has there: what programs did in the
+generations before is not run again, in the peer's neither.
 
 Generation 1, in which both warm up and ours compiles, is not counted. From then on they take turns,
 a generation each; the medians count. The limit is the arithmetic that cannot be avoided, at the
@@ -43,7 +44,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from cycleqd_jax.cache import default_cache
 from cycleqd_jax.merging.expert_svd import draw_expert_gains
-from cycleqd_jax.merging.spectral import MatrixFactors, gain_layout, is_factors, materialise
+from cycleqd_jax.merging.spectral import MatrixFactors, is_factors
+from cycleqd_jax.models.cache import stack_layers
 from cycleqd_jax.models.convert import save_model
 from cycleqd_jax.models.specs import leaf_table
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
@@ -142,7 +144,7 @@ class Turns(Monitor):
             own = [*phases, seconds - sum(phases), 0.0]
             self.ours.append(dict(zip(PHASES, own, strict=True)))
             self.compiled += self._evaluator.decoder.traces - self._traces
-            self._sandbox.forget()
+            self._sandbox.forget(but=self._known)
             phases_of_peer, transcripts = self._pipeline.play(generation, repertoire)
             self.peers.append(phases_of_peer)
             self._compare(generation, transcripts)
@@ -158,7 +160,7 @@ class Turns(Monitor):
             phases["checkpoint"] = (time.perf_counter() - self._started) / config.checkpoint_every
 
     def _begin(self) -> None:
-        self._sandbox.forget()
+        self._known = self._sandbox.known()
         self._traces = self._evaluator.decoder.traces
         self._started = time.perf_counter()
 
@@ -278,17 +280,16 @@ class Pipeline:
         if not new:
             return
         gains = run.rebuild(self._workspace, new)
-        build = jax.jit(materialise)
         for place, id in enumerate(new):
             own = jax.tree.map(lambda leaf, place=place: leaf[place], gains)
-            params = build(self._workspace.base, self._workspace.basis, own)
+            params = self._workspace.model(own)
             save_model(self._models / str(id), self._workspace.architecture, params)
 
     def _draws(self, birth: Birth) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """What ours drew for a child: two merge weights, and scales by tensor."""
         workspace, expert = self._workspace, self._expert(birth)
         key = jax.random.wrap_key_data(jnp.asarray(birth.operator["keys"], jnp.uint32))[1]
-        layout = gain_layout(workspace.basis)
+        layout = workspace.layout
         strength = workspace.config.preset.mutation_strength
         drawn = jax.tree.leaves(draw_expert_gains(key, layout, expert, strength))
         scales: dict[str, torch.Tensor] = {}
@@ -306,9 +307,9 @@ def expert_factors(workspace: Workspace, expert: int) -> dict[str, tuple[torch.T
     """U, S, V of an expert's task vector by tensor, as many directions as ours keeps."""
     factors: dict[str, tuple[torch.Tensor, ...]] = {}
     table = leaf_table(workspace.architecture)
-    basis = jax.tree.leaves(workspace.basis, is_leaf=is_factors)
-    layout = gain_layout(workspace.basis)
-    for spec, leaf, node in zip(jax.tree.leaves(table), layout.leaves, basis, strict=True):
+    basis = jax.tree.leaves(stack_layers(workspace.basis), is_leaf=is_factors)
+    leaves = workspace.layout.leaves
+    for spec, leaf, node in zip(jax.tree.leaves(table), leaves, basis, strict=True):
         if not isinstance(node, MatrixFactors):
             continue
         u, v = (np.asarray(side[..., leaf.blocks[expert]]) for side in (node.u, node.v))

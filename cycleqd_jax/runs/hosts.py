@@ -26,6 +26,10 @@ class HostsError(RuntimeError):
     """The processes of a run do not fit together, or one of them is lost."""
 
 
+class Stopped(KeyboardInterrupt):
+    """All processes of a run have agreed to stop, and all is written that another start needs."""
+
+
 class Hosts:
     """A run's only process; what it gathers is its own.
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cycleqd_jax.runs.console import show_error
-from cycleqd_jax.runs.hosts import ALONE, Hosts, HostsError, JoinedHosts, exchange
+from cycleqd_jax.runs.hosts import ALONE, Hosts, HostsError, JoinedHosts, Stopped, exchange
 from cycleqd_jax.runs.lifeline import Doors, Lifeline, knock, linger_on_abort, own_address
 
 # JAX's own watch only stands behind the lifeline, which is quicker and says who is lost.
@@ -31,8 +31,9 @@ def joined_hosts(
     Without arguments those of a cluster that JAX recognises are joined (SLURM, Open MPI,
     Kubernetes, TPU pods), and on any other machine there is this process alone.
 
-    With several processes an error does not leave the block: it is shown, the others are told and
-    end as well, and so does this process, with the exit code of `show_error`.
+    With several processes an error of one does not leave the block: it is shown, the others are
+    told and end as well, and so does this process, with the exit code of `show_error`. What is
+    raised in all, `Stopped`, leaves it in process 0; the others end with the exit code 130.
 
     Args:
         coordinator: ``host:port`` of process 0, where it listens; any free port.
@@ -63,20 +64,28 @@ def joined_hosts(
     linger_on_abort()
     if index:
         rich.get_console().quiet = True
+    stopped: Stopped | None = None
     try:
         hosts = JoinedHosts(lifeline)
-        yield hosts
+        try:
+            yield hosts
+        except Stopped as error:  # raised in all of them: nobody is left behind
+            stopped = error
         hosts.gather(None, "the end")
     except BaseException as error:
-        stopped = isinstance(error, KeyboardInterrupt)
-        code = 130 if stopped and index else show_error(error, name if index else "")
-        lifeline.leave("it was interrupted" if stopped else f"{error}")
+        code = show_error(error, name if index else "")
+        interrupted = isinstance(error, KeyboardInterrupt)
+        lifeline.leave("it was interrupted" if interrupted else f"{error}")
         sys.stdout.flush()
         sys.stderr.flush()
         # Not the usual way: JAX would wait for the others, which are ending like this too.
         os._exit(code)
     lifeline.close()
     jax.distributed.shutdown()
+    if stopped is not None:
+        if index:  # process 0 says it
+            sys.exit(130)
+        raise stopped
 
 
 def in_cluster() -> bool:

@@ -21,7 +21,7 @@ from cycleqd_jax.runs.evaluate import Evaluator
 from cycleqd_jax.runs.failures import Failures
 from cycleqd_jax.runs.fitness import Fitness, Scored, problems_of, results_of
 from cycleqd_jax.runs.folder import RunFolder
-from cycleqd_jax.runs.hosts import ALONE, Hosts
+from cycleqd_jax.runs.hosts import ALONE, Hosts, Stopped
 from cycleqd_jax.runs.jsonl import JsonlWriter, Log, NoLog, truncate_after
 from cycleqd_jax.runs.leaves import named_leaves, rebuild, to_numpy
 from cycleqd_jax.runs.lineage import Birth, LineageError, read_births
@@ -83,7 +83,7 @@ class Search:
             CheckpointError: no checkpoint can be read, or it is of another structure.
             LineageError: the log lacks what the checkpoint rests on.
             NoSpaceError: the disk is full.
-            KeyboardInterrupt: the monitor was asked to stop; all that was bred is in a checkpoint.
+            Stopped: a monitor was asked to stop; all that was bred is in a checkpoint.
         """
         config = self._config
         if self._folder is None:
@@ -166,7 +166,7 @@ class Search:
                         },
                     )
                 if stop:
-                    raise KeyboardInterrupt
+                    raise Stopped
 
     def _logs(self, last: int) -> tuple[Log, Log]:
         """The logs of metrics and lineage, without what was written after generation ``last``."""

@@ -2,7 +2,7 @@
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -85,10 +85,15 @@ class MemoSandbox:
             else:
                 future.set_exception(error)
 
-    def forget(self) -> None:
-        """Run everything anew from here on; what is under way is remembered when it ends."""
+    def known(self) -> Mapping[_Key, Outcome]:
+        """What is remembered now, for a later `forget`."""
         with self._lock:
-            self._known.clear()
+            return self._known.copy()
+
+    def forget(self, but: Mapping[_Key, Outcome] | None = None) -> None:
+        """Remember what was `known` then, or nothing; what is under way is added when it ends."""
+        with self._lock:
+            self._known = OrderedDict(but or {})
 
     def close(self) -> None:
         """Forget everything and close the inner sandbox."""

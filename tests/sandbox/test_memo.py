@@ -54,6 +54,19 @@ def test_what_is_forgotten_is_run_anew():
     assert inner.batches == [["a"], ["a"]]
 
 
+def test_what_was_known_then_is_not_forgotten():
+    inner = Counting()
+    with MemoSandbox(inner) as memo:
+        memo.run([bash("a")])
+        then = memo.known()
+        memo.run([bash("b")])
+        memo.forget(but=then)
+        memo.run([bash("a"), bash("b")])
+        memo.forget(but=then)
+        memo.run([bash("b")])
+    assert inner.batches == [["a"], ["b"], ["b"], ["b"]]
+
+
 def test_every_field_counts():
     inner = Counting()
     jobs = [

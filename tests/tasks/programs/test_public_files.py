@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from cycleqd_jax.sandbox import Sandbox, open_sandbox
-from cycleqd_jax.tasks.programs.judging import LIMITS
 from cycleqd_jax.tasks.programs.records import Inputs, Name, read_records
+from cycleqd_jax.tasks.programs.references import REFERENCE_LIMITS
 from cycleqd_jax.tasks.programs.runner import decode
 from cycleqd_jax.tasks.programs.task import open_programs
 
@@ -54,7 +54,7 @@ _TOO_SLOW = (255, 599)
 
 @pytest.fixture(scope="module")
 def roomy() -> Iterator[Sandbox]:
-    with open_sandbox(limits=LIMITS, workers=2) as opened:
+    with open_sandbox(limits=REFERENCE_LIMITS, workers=2) as opened:
         yield opened
 
 
