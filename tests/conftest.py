@@ -1,4 +1,8 @@
-"""Every test runs with shape-checked kernels: jaxtyping annotations are verified by beartype."""
+"""Every test runs with shape-checked kernels: jaxtyping annotations are verified by beartype.
+
+Only in the rooms that have such annotations: elsewhere the type checker has seen all there is, and
+checking every call of a generator of problems took most of its tests' time.
+"""
 
 import os
 import subprocess
@@ -15,10 +19,19 @@ from jaxtyping import install_import_hook
 # does not start with a flag it does not know, hence the version.
 _FAST_COMPILATION = ["--xla_backend_optimization_level=0"]
 if version("jaxlib").startswith("0.10."):
-    _FAST_COMPILATION.append("--xla_cpu_use_fusion_emitters=false")
+    _FAST_COMPILATION += [
+        "--xla_cpu_use_fusion_emitters=false",
+        "--xla_cpu_parallel_codegen_split_count=1",
+    ]
 os.environ.setdefault("XLA_FLAGS", " ".join(_FAST_COMPILATION))
+# What was compiled is kept, for the other worker and for the next run: most of it is the same.
+_COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "xla"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_COMPILED))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-install_import_hook("cycleqd_jax", "beartype.beartype")
+install_import_hook(
+    [f"cycleqd_jax.{room}" for room in ("merging", "models", "qd", "training")], "beartype.beartype"
+)
 
 
 @pytest.fixture

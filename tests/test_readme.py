@@ -31,6 +31,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_the_parts_of_the_readme_breed() -> None:
     """One block after the other, as a reader would paste them, on classifiers of digits."""
     digits = script("digits")

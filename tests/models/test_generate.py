@@ -328,6 +328,7 @@ def test_progress_and_statistics_count_prompts_and_tokens(shared: Decoder) -> No
     assert DecodeStats().tokens_per_second == 0.0
 
 
+@pytest.mark.slow
 def test_greedy_text_is_that_of_transformers(
     make_params: Callable[..., Any], tmp_path: Any
 ) -> None:

@@ -80,7 +80,9 @@ def test_logits_and_greedy_text_are_those_of_transformers(variant: str, tmp_path
     assert decoder.decode(prompts_of(golden)) == greedy_texts(golden)
 
 
-@pytest.mark.parametrize("variant", VARIANTS + NOT_COMMITTED)
+@pytest.mark.parametrize(
+    "variant", [*NOT_COMMITTED, *[pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS]]
+)
 def test_live_transformers_agree(variant: str, tmp_path: Path) -> None:
     pytest.importorskip("torch")
     make_golden = golden_script()

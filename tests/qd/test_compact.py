@@ -53,7 +53,11 @@ def masked(pool):
     ("cls", "options"),
     [
         (CyclicRepertoire, {}),
-        (NoisyRepertoire, {"noise": binomial_noise(16), "confidence": 0.8}),
+        pytest.param(
+            NoisyRepertoire,
+            {"noise": binomial_noise(16), "confidence": 0.8},
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_elite_finds_back_into_its_slot_and_the_search_goes_on_alike(cls, options):

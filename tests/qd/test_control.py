@@ -230,6 +230,7 @@ def test_features_of_a_task_without_range():
     assert np.isfinite(np.asarray(features)).all()
 
 
+@pytest.mark.slow
 def test_beside_a_qdax_emitter_in_a_multi_emitter():
     """Second in line, where QDax slices another emitter's rows out of our extra scores."""
     iso_line = partial(isoline_variation, iso_sigma=0.05, line_sigma=0.1)

@@ -118,7 +118,7 @@ def histories(draw, tasks):
     return draw(st.lists(st.lists(row, min_size=BATCH, max_size=BATCH), min_size=1, max_size=5))
 
 
-@pytest.mark.parametrize("tasks", [2, 4])
+@pytest.mark.parametrize("tasks", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_history_gives_the_slow_models_archives(tasks):
     # With two neighbours a mean of float32 distances rounds the same in any order of adding.
     @settings(max_examples=30, deadline=None, derandomize=True)
@@ -135,7 +135,10 @@ def test_any_history_gives_the_slow_models_archives(tasks):
     check()
 
 
-@pytest.mark.parametrize(("tasks", "places", "neighbours"), [(3, 12, 3), (10, 7, 4), (2, 3, 50)])
+@pytest.mark.parametrize(
+    ("tasks", "places", "neighbours"),
+    [(3, 12, 3), pytest.param(10, 7, 4, marks=pytest.mark.slow), (2, 3, 50)],
+)
 def test_long_compiled_runs_agree_with_the_slow_model(tasks, places, neighbours):
     repertoire, slow = start(tasks, places, neighbours)
     add: Any = jax.jit(lambda r, g, s, e: r.add(g, s, s, e))

@@ -72,6 +72,7 @@ def start(emitter, **options):
     return algorithm, repertoire, state
 
 
+@pytest.mark.slow
 def test_qdax_core_pulls_no_heavy_packages():
     code = (
         "import sys, cycleqd_jax.qd.emitter, qdax.core.map_elites\n"

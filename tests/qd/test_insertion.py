@@ -122,7 +122,15 @@ def histories(draw, tasks):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tasks"), [("grid", 2), ("grid", 3), ("grid", 4), ("voronoi", 2), ("voronoi", 4)]
+    ("kind", "tasks"),
+    [
+        ("grid", 3),
+        ("voronoi", 2),
+        *[
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("grid", 2), ("grid", 4), ("voronoi", 4))
+        ],
+    ],
 )
 def test_any_history_gives_the_slow_models_archives(kind, tasks):
     @settings(max_examples=25, deadline=None, derandomize=True)

@@ -145,7 +145,7 @@ def test_any_history_gives_the_slow_models_archives(seed, generations):
         assert np.isneginf(np.asarray(repertoire.scores)[~occupied]).all()
 
 
-@pytest.mark.parametrize("cells", ["grid", "cvt"])
+@pytest.mark.parametrize("cells", ["grid", pytest.param("cvt", marks=pytest.mark.slow)])
 def test_without_variance_the_archives_are_the_plain_ones(cells):
     rng = np.random.default_rng(0)
     first = [(0.5, 0.5), (2.5, 0.1)]

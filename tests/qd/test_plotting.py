@@ -68,7 +68,7 @@ def test_voronoi_cells_are_drawn_where_the_centres_are():
         np.testing.assert_allclose(patch[0].get_facecolor()[:3], colour[:3])
 
 
-@pytest.mark.parametrize("tasks", [2, 4, 5])
+@pytest.mark.parametrize("tasks", [2, *[pytest.param(n, marks=pytest.mark.slow) for n in (4, 5)]])
 def test_other_numbers_of_tasks_are_nested_planes(tasks):
     # Edges, values outside and a range without width, which QDax's own binning gets wrong.
     lower, upper = [0.0, 0.0, -1.0, 0.5, 0.0][:tasks], [1.0, 2.0, 1.0, 0.5, 1.0][:tasks]

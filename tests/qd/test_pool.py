@@ -90,7 +90,9 @@ def emitter_of(tasks=3, batch=8, selector=None):
 
 
 # The grid's turn in a search is in test_emitter.
-@pytest.mark.parametrize(("kind", "tasks"), [("cvt", 10), ("dns", 2)])
+@pytest.mark.parametrize(
+    ("kind", "tasks"), [("cvt", 10), pytest.param("dns", 2, marks=pytest.mark.slow)]
+)
 def test_a_scanned_search_improves(kind, tasks):
     search, repertoire, state, before = algorithm(kind, emitter_of(tasks), tasks)
     carry = (repertoire, state, jax.random.key(3))
@@ -103,7 +105,9 @@ def test_a_scanned_search_improves(kind, tasks):
     assert (best_elites(after) >= 0).all()
 
 
-@pytest.mark.parametrize(("kind", "tasks"), [("cvt", 2), ("dns", 10)])
+@pytest.mark.parametrize(
+    ("kind", "tasks"), [pytest.param("cvt", 2, marks=pytest.mark.slow), ("dns", 10)]
+)
 def test_asked_and_told_beside_a_qdax_emitter_in_a_multi_emitter(kind, tasks):
     iso_line = functools.partial(isoline_variation, iso_sigma=0.05, line_sigma=0.1)
     ours = emitter_of(tasks, 8, UniformSelector(select_with_replacement=False))

@@ -52,7 +52,9 @@ def begin(grid: object, scores: np.ndarray) -> CyclicRepertoire:
     return CyclicRepertoire.init(jnp.arange(len(scores), dtype=jnp.int32), batch, batch, grid)
 
 
-@pytest.mark.parametrize(("tasks", "bins"), [(2, 1), (2, 4), (3, 3)])
+@pytest.mark.parametrize(
+    ("tasks", "bins"), [(2, 4), (3, 3), pytest.param(2, 1, marks=pytest.mark.slow)]
+)
 def test_with_the_bound_archives_are_those_of_full_evaluation(tasks: int, bins: int) -> None:
     stopped = 0
     for seed in range(10):

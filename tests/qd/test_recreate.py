@@ -54,7 +54,8 @@ def rows(tree, index):
 
 
 @pytest.mark.parametrize(
-    "name", [*PRESETS, *OTHERS, pytest.param("controlled", marks=pytest.mark.slow)]
+    "name",
+    [*PRESETS, *[pytest.param(name, marks=pytest.mark.slow) for name in (*OTHERS, "controlled")]],
 )
 def test_children_come_out_again_alone_or_in_company_in_the_shape_of_their_batch(name):
     emitter = emitter_of(name)

@@ -172,7 +172,11 @@ def breed_published(archives, turn, parent_slots, slots, draws, std):
 
 @pytest.mark.parametrize(
     ("space", "std", "batch", "generations"),
-    [("dense", 0.01, 4, 9), ("dense", 0.8, 5, 12), ("spectral", 0.8, 1, 30)],
+    [
+        ("dense", 0.8, 5, 12),
+        pytest.param("dense", 0.01, 4, 9, marks=pytest.mark.slow),
+        pytest.param("spectral", 0.8, 1, 30, marks=pytest.mark.slow),
+    ],
 )
 def test_the_archives_are_those_of_the_published_loop(space, std, batch, generations):
     """With the published spread of the merge weights, and with one that fills the archives."""

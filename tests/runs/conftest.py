@@ -4,9 +4,14 @@ import fcntl
 import os
 import subprocess
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
+import jax
+import numpy as np
 import pytest
 
 from cycleqd_jax.qd.presets import DEFAULT
@@ -36,14 +41,35 @@ def tiny() -> FamilyConfig:
     return TINY
 
 
+@contextmanager
+def _one_at_a_time(factory: pytest.TempPathFactory, name: str) -> Iterator[Path]:
+    """A folder of all worker processes, for the one that is first."""
+    own = factory.getbasetemp()
+    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+    with (shared / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield shared / name
+
+
+def _nudged(
+    params: Any, architecture: Any, corpora: Any, settings: TrainConfig, on_progress: Any
+) -> Any:
+    """As far as two updates would go, without the half minute of compiling them."""
+    rng = np.random.default_rng(sum(int(corpus.tokens.sum()) for corpus in corpora))
+    step = settings.steps * settings.learning_rate
+    return jax.tree.map(
+        lambda leaf: leaf + step * rng.uniform(-1, 1, leaf.shape).astype(leaf.dtype), params
+    )
+
+
 @pytest.fixture(scope="session")
 def family(tmp_path_factory: pytest.TempPathFactory) -> Family:
-    """Made once for all worker processes: it takes half a minute, most of it compilation."""
-    own = tmp_path_factory.getbasetemp()
-    shared = own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
-    with (shared / "family.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return make_family(shared / "family", TINY, make_tasks(TASKS))
+    """Made once for all worker processes; `tests.runs.test_family` makes one by training."""
+    with (
+        _one_at_a_time(tmp_path_factory, "family") as folder,
+        mock.patch("cycleqd_jax.runs.family.train", _nudged),
+    ):
+        return make_family(folder, TINY, make_tasks(TASKS))
 
 
 @pytest.fixture(scope="session")
@@ -67,11 +93,12 @@ def config(family: Family) -> RunConfig:
 
 @pytest.fixture(scope="session")
 def finished(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a run that went through without a break."""
+    """The folder of a run that went through without a break, one for all worker processes."""
     from cycleqd_jax.runs.driver import evolve  # here: collecting tests should not load Orbax
 
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    evolve(replace(config), out)
+    with _one_at_a_time(tmp_path_factory, "finished") as out:
+        if not (out / "summary.json").exists():
+            evolve(config, out)
     return out
 
 

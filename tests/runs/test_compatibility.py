@@ -37,6 +37,7 @@ def mixed(config: RunConfig, family: Family, tmp_path_factory: pytest.TempPathFa
     return replace(config, experts={**config.experts, names[1]: str(folder)})
 
 
+@pytest.mark.slow
 def test_a_basis_mixes_models_and_adapters(mixed: RunConfig, family: Family) -> None:
     workspace = open_workspace(mixed)
     names = list(mixed.experts)

@@ -111,6 +111,7 @@ def test_an_interrupted_run_resumes_bit_for_bit(
     assert {**theirs, "seconds": 0} == {**ours, "seconds": 0}
 
 
+@pytest.mark.slow
 def test_a_score_that_is_not_finite_is_recorded_and_never_enters(
     config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -78,6 +78,7 @@ def test_a_population_has_the_scores_of_its_models_alone(family: Family, tmp_pat
     console.file.close()
 
 
+@pytest.mark.slow
 def test_one_model_is_in_memory_at_a_time(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = []
     load = retention._load

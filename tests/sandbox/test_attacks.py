@@ -91,6 +91,7 @@ def still_serves(sandbox):
     return [outcome.stdout for outcome in sandbox.run(jobs)] == ["1\n"] * 4
 
 
+@pytest.mark.slow
 def test_greedy_programs_end_within_their_limits(tight, roomy):
     outcomes: list[Outcome] = []
     wrong: dict[str, Outcome] = {}

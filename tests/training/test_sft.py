@@ -215,6 +215,7 @@ def test_a_tiny_corpus_is_learned_by_one_compiled_chunk(monkeypatch: Any) -> Non
     assert traces == [(16, 2)]
 
 
+@pytest.mark.slow
 def test_tree_and_dtypes_are_kept_in_bfloat16() -> None:
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     params = fresh(config=config)

@@ -327,6 +327,9 @@ def test_forbidden_statements_are_refused(
 
 
 @pytest.mark.parametrize(
+    "strict", ["sqlite", pytest.param("mysql", marks=pytest.mark.slow)], indirect=True
+)
+@pytest.mark.parametrize(
     "attacks", [SEQUENCES, pytest.param(SLOW_SEQUENCES, marks=pytest.mark.slow)]
 )
 def test_sequences_leave_the_right_agents_their_tables(

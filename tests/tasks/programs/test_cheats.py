@@ -119,7 +119,7 @@ def strict() -> Iterator[Sandbox]:
         yield opened
 
 
-@pytest.mark.parametrize("name", ["mbpp", "mbpp+"])
+@pytest.mark.parametrize("name", [pytest.param("mbpp", marks=pytest.mark.slow), "mbpp+"])
 def test_no_cheat_passes(name: str, judged: Judge, strict: Sandbox) -> None:
     _none_passes(name, judged, strict, [t for t in CHEATS if not t.startswith(SLOW)])
 
