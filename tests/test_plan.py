@@ -31,7 +31,9 @@ SMALL = LlamaConfig(
     "work",
     [
         Workload(rank=32, candidates=8, prompts=4, prompt=64, new=64),
-        Workload(rank=None, candidates=8, prompts=8, prompt=64, new=64),
+        pytest.param(
+            Workload(rank=None, candidates=8, prompts=8, prompt=64, new=64), marks=pytest.mark.slow
+        ),
     ],
     ids=["rows", "built"],
 )

@@ -123,7 +123,7 @@ def test_an_operator_of_a_space_is_there_for_both(name):
     assert not takes_space or spaces == {"spectral", "dense"}
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param(jnp.float32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", REGISTRY)
 def test_every_operator(name, dtype):
     case = REGISTRY[name]

@@ -350,7 +350,7 @@ def test_transformers_reads_the_tokenizer_and_the_generation_config(
     assert GenerationConfig.from_pretrained(folder).eos_token_id == 2
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "own",

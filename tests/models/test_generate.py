@@ -168,6 +168,7 @@ def test_a_stop_string_ends_an_answer(model: Any, shared: Decoder) -> None:
     assert stop not in "".join(map(engine.stops.cut, answers))
 
 
+@pytest.mark.slow
 def test_a_shared_prefix_is_prefilled_once_per_candidate(
     population: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -73,6 +73,7 @@ def test_packed_texts_are_as_likely_as_texts_alone(make_params: Make) -> None:
     assert_same(found, pairs, [params])
 
 
+@pytest.mark.slow
 def test_every_kind_of_population_is_scored_as_its_candidates_alone(
     make_params: Make, make_population: Make
 ) -> None:

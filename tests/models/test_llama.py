@@ -71,7 +71,13 @@ def test_there_is_a_golden_file_for_every_kind_of_model() -> None:
     assert sorted(golden_script().VARIANTS) == sorted(VARIANTS + NOT_COMMITTED)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [
+        *VARIANTS[:3],
+        *[pytest.param(name, marks=pytest.mark.slow) for name in VARIANTS[3:]],
+    ],
+)
 def test_logits_and_greedy_text_are_those_of_transformers(variant: str, tmp_path: Path) -> None:
     config, params, golden = golden_model(variant, tmp_path)
     assert_same_logits(forward(params, config, jnp.asarray(golden["tokens"])), golden)

@@ -87,6 +87,7 @@ def test_tickets_are_distinct(engine: Decoder) -> None:
     assert sorted(drain(stream)) == sorted(tickets)
 
 
+@pytest.mark.slow
 def test_a_stream_compiles_a_handful_of_programs(make_params: Callable[..., Any]) -> None:
     fresh = Decoder(
         make_params(CONFIG), CONFIG, stop_tokens=[1], pad_token=0, max_new_tokens=16, max_rows=8

@@ -202,6 +202,7 @@ def score(genotypes, key):
     return scores, scores, {"solved": solved}
 
 
+@pytest.mark.slow
 def test_in_map_elites_asked_and_scanned():
     selector = AttractionSelector(EliteSelector(), Resources("solved"))
     emitter = CycleQDEmitter(selector, linear_crossover(), gaussian_mutation(0.2), 16, 2)

@@ -188,6 +188,7 @@ def test_ask_tell_is_the_scanned_run_and_compiles_once():
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(carry[1]))
 
 
+@pytest.mark.slow
 def test_children_are_bred_with_the_values_they_report():
     emitter = merging()
     _, repertoire, state = start(emitter)

@@ -93,7 +93,7 @@ def test_presets_are_data():
         assert hash(again) == hash(preset)
 
 
-@pytest.mark.parametrize("space", ["spectral", "dense"])
+@pytest.mark.parametrize("space", ["spectral", pytest.param("dense", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_breeds(name, space):
     repertoire, children, info = emit(PRESETS[name], space)

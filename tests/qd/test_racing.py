@@ -53,7 +53,7 @@ def begin(grid: object, scores: np.ndarray) -> CyclicRepertoire:
 
 
 @pytest.mark.parametrize(
-    ("tasks", "bins"), [(2, 4), (3, 3), pytest.param(2, 1, marks=pytest.mark.slow)]
+    ("tasks", "bins"), [(3, 3), *[pytest.param(2, bins, marks=pytest.mark.slow) for bins in (1, 4)]]
 )
 def test_with_the_bound_archives_are_those_of_full_evaluation(tasks: int, bins: int) -> None:
     stopped = 0

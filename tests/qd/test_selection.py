@@ -139,6 +139,7 @@ def test_parents_are_drawn_as_often_as_the_formula_says(selector, k):
     assert (np.abs(found - joint) <= 5 * np.sqrt(joint * (1 - joint) / len(pairs)) + 1e-9).all()
 
 
+@pytest.mark.slow
 def test_children_of_one_batch_may_be_bred_in_different_archives():
     archives = Archives(archive_of([0, 3]), archive_of([1, 2, 6]), archive_of([7]))
     k = jnp.asarray([2, 0, 1, 0, 1], jnp.int32)

@@ -120,6 +120,7 @@ def test_without_a_dry_run_an_architecture_is_no_model(monkeypatch: pytest.Monke
     assert _statuses(preflight)["base"] == "failed"
 
 
+@pytest.mark.slow
 def test_a_family_that_is_there_passes(config: RunConfig, tmp_path: Path) -> None:
     preflight = Preflight(Command(run=config, out=tmp_path / "run", cache=tmp_path / "cache"))
     preflight.run()

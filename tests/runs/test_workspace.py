@@ -62,6 +62,7 @@ def test_a_decomposition_from_the_cache_is_the_one_that_was_made(
     jax.tree.map(np.testing.assert_array_equal, made.basis, found.basis)
 
 
+@pytest.mark.slow
 def test_models_with_their_layers_apart_are_the_stacked_ones(
     config: RunConfig, tmp_path: Path
 ) -> None:

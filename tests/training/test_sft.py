@@ -180,6 +180,7 @@ def test_the_parameters_that_came_in_are_not_modified(settings: TrainConfig) -> 
         np.testing.assert_array_equal(np.asarray(leaf), kept)
 
 
+@pytest.mark.slow
 def test_a_seed_decides_the_run() -> None:
     one = train(fresh(), CONFIG, [FACTS], RUN)
     assert largest_change(one, train(fresh(), CONFIG, [FACTS], RUN)) == 0
