@@ -109,6 +109,7 @@ def test_chips_are_recognised() -> None:
 COMMAND = "--model llama3-8b --experts 3 --rank 256 --candidates 32"
 
 
+@pytest.mark.slow
 def test_the_command_prints_bytes_and_limits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(f"{COMMAND} --mesh 8x1".split()) == 0
     out = capsys.readouterr().out

@@ -105,6 +105,7 @@ def test_an_answer_does_not_depend_on_its_company(shared: Decoder) -> None:
     assert shared.decode(questions[::-1]) == together[::-1]
 
 
+@pytest.mark.slow
 def test_stacked_weights_equal_each_candidate_alone(population: Any) -> None:
     base, basis, gains = population
     models = [

@@ -91,7 +91,8 @@ def emitter_of(tasks=3, batch=8, selector=None):
 
 # The grid's turn in a search is in test_emitter.
 @pytest.mark.parametrize(
-    ("kind", "tasks"), [("cvt", 10), pytest.param("dns", 2, marks=pytest.mark.slow)]
+    ("kind", "tasks"),
+    [pytest.param(*each, marks=pytest.mark.slow) for each in (("cvt", 10), ("dns", 2))],
 )
 def test_a_scanned_search_improves(kind, tasks):
     search, repertoire, state, before = algorithm(kind, emitter_of(tasks), tasks)

@@ -80,7 +80,7 @@ def test_children_come_out_again_alone_or_in_company_in_the_shape_of_their_batch
         state = emitter.state_update(state, pool, children, scores, scores, {})
 
 
-@pytest.mark.parametrize("name", ["default", "slerp"])
+@pytest.mark.parametrize("name", ["default", pytest.param("slerp", marks=pytest.mark.slow)])
 def test_a_preset_tells_what_its_crossover_drew(name):
     preset = {**PRESETS, **OTHERS}[name]
     keys = jax.random.split(jax.random.key(0), 4)

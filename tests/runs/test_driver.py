@@ -84,6 +84,7 @@ def test_another_config_is_refused_and_nothing_is_lost(finished: Path, config: R
     assert (finished / "config.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_bit_for_bit(
     finished: Path, config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,9 +206,8 @@ def test_greedy_programs_end_within_their_limits(roomy, untouched):
     assert roomy.run([Job("python", "print(6 * 7)")])[0].stdout == "42\n"
 
 
-@pytest.mark.parametrize(
-    "endless", [ENDLESS, pytest.param(BUSY, marks=pytest.mark.slow)], ids=["idle", "busy"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("endless", [ENDLESS, BUSY], ids=["idle", "busy"])
 def test_endless_programs_end_in_time(endless, hasty, untouched):
     with untouched():
         outcomes = hasty.run([Job("python", source) for _, source in endless])

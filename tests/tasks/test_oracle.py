@@ -63,6 +63,7 @@ def test_the_right_answers_score_one_and_silence_scores_zero(
     assert {prompt: found for prompt, found in scores.items() if found != [1.0, 0.0]} == {}
 
 
+@pytest.mark.slow
 @every_difficulty
 def test_a_statement_that_changes_nothing_solves_no_change(
     difficulty: int, sandbox: Sandbox

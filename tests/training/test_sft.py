@@ -188,6 +188,7 @@ def test_a_seed_decides_the_run() -> None:
     assert largest_change(one, other) > 1e-3
 
 
+@pytest.mark.slow
 def test_the_run_does_not_depend_on_how_often_it_reports(monkeypatch: Any) -> None:
     steps: list[int] = []
     whole = train(fresh(), CONFIG, [FACTS], RUN)
