@@ -75,10 +75,12 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=default_cache())
     parser.add_argument("--json", type=Path)
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)
+    parser.add_argument("--transcripts", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
         port, process, count, file, run = options.worker
-        work(port, int(process), int(count), Path(file), Path(run), options.cache)
+        where = None if count == "1" else (f"127.0.0.1:{port}", int(process), int(count))
+        work(where, Path(file), Path(run), options.cache, options.transcripts)
         return
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, cores[:1])
@@ -88,11 +90,13 @@ def main() -> None:
         final_problems=1,
         test_problems=1,
         uniform_scales=(0.5,),
-        checkpoint_every=1,
     )
     with tempfile.TemporaryDirectory() as folder:
         runs = {n: Path(folder) / f"run-{n}" for n in MEASURED}
         found = {n: measure(config, run, options.cache, n, cores) for n, run in runs.items()}
+        # Once more with what the simulation is told; writing it would count as a generation's time.
+        recorded = Path(folder) / "recorded"
+        measure(config, recorded, options.cache, 1, cores, transcripts=True)
         print(f"measured on {len(cores)} cores, each process bound to one of them, loopback:")
         print(f"  {'processes':>9s} {'s a generation':>15s} {'speed':>6s} {'longest wait':>13s}")
         for n, each in found.items():
@@ -110,12 +114,18 @@ def main() -> None:
             )
             for n, each in found.items()
         ]
-        rows += simulate(config, runs[1], options.cache, found)
+        rows += simulate(config, recorded, options.cache, found)
     write_rows(options.json, rows)
 
 
 def measure(
-    config: RunConfig, run: Path, cache: Path, count: int, cores: Sequence[int]
+    config: RunConfig,
+    run: Path,
+    cache: Path,
+    count: int,
+    cores: Sequence[int],
+    *,
+    transcripts: bool = False,
 ) -> Measured:
     """Run it with some processes."""
     file = run.with_suffix(".json")
@@ -123,7 +133,8 @@ def measure(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, __file__, "--cache", str(cache), "--worker", str(port)]
+    command = [sys.executable, __file__, "--cache", str(cache)]
+    command += [*(["--transcripts"] if transcripts else []), "--worker", str(port)]
     started = []
     for process in range(count):
         more = [str(process), str(count), str(file), str(run)]
@@ -152,13 +163,14 @@ def _waiting(metrics: Mapping[str, Any]) -> list[float]:
     return list(metrics.get("hosts", {"waiting": [0.0]})["waiting"])
 
 
-def work(port: str, process: int, count: int, file: Path, run: Path, cache: Path) -> None:
+def work(
+    where: tuple[str, int, int] | None, file: Path, run: Path, cache: Path, transcripts: bool
+) -> None:
     """One process of a measured run."""
     cache_compilations(cache)
     config = RunConfig.from_json(read_json(file))
-    where: Any = (f"127.0.0.1:{port}", process, count) if count > 1 else ()
-    with joined_hosts(*where) as hosts:
-        evolve(config, run, transcripts=True, cache=cache, hosts=hosts)
+    with joined_hosts(*(where or ())) as hosts:
+        evolve(config, run, transcripts=transcripts, cache=cache, hosts=hosts)
         scores = np.zeros((len(config.tasks), config.children, config.problems), np.float32)
         seconds = best_of(20, lambda: hosts.gather(scores, "scores"))
         print(f"gather {seconds}", flush=True)
@@ -177,7 +189,7 @@ def simulate(config: RunConfig, run: Path, cache: Path, found: Mapping[int, Meas
     totals = sum(episodes.sum(axis=(0, 1)) for episodes in now.values())
     prices = np.array([seconds["model"], seconds["sandbox"]]) / np.maximum(totals[1:], 1e-9)
     true = {task: episodes[:, :, 1:] @ prices for task, episodes in now.items()}
-    gains = children_of(workspace, run, config, last)
+    parents, gains = (children_of(workspace, run, config, g) for g in (last - 1, last))
     everything = {task: np.ones((config.children, config.problems), bool) for task in true}
     serial = found[1].generation - found[1].play
     message = 4.0 * config.children * config.problems * len(config.tasks)
@@ -195,6 +207,9 @@ def simulate(config: RunConfig, run: Path, cache: Path, found: Mapping[int, Meas
     limits = sandbox_limits(workspace.tasks)
     with MemoSandbox(open_sandbox(config.sandbox, limits)) as sandbox:
         evaluator = Evaluator(workspace, sandbox)
+        # Every host begins with the texts of the generations before in its sandbox's memory.
+        evaluator.population(parents, problems, phase="before")
+        known = sandbox.known()
         for hosts in SIMULATED:
             owner = deal(expected, everything, hosts)
             loads = np.zeros(hosts)
@@ -204,7 +219,7 @@ def simulate(config: RunConfig, run: Path, cache: Path, found: Mapping[int, Meas
             mine = {task: who == typical for task, who in owner.items()}
 
             def play(mine: Mapping[str, np.ndarray] = mine) -> None:
-                sandbox.forget()
+                sandbox.forget(but=known)
                 evaluator.population(gains, problems, phase="generation", chosen=mine)
 
             imbalance = float(loads.max() / loads[typical])
