@@ -214,6 +214,7 @@ def test_features_are_the_centres_of_the_parents_cells():
         np.testing.assert_allclose(row, [*centres.ravel(), 1.0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_features_on_cells_that_are_no_grid():
     lower, upper = jnp.asarray([0.0, 10.0, -1.0]), jnp.asarray([1.0, 20.0, 1.0])
     centres = jax.random.uniform(jax.random.key(0), (3, 9, 2))

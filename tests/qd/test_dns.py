@@ -118,10 +118,13 @@ def histories(draw, tasks):
     return draw(st.lists(st.lists(row, min_size=BATCH, max_size=BATCH), min_size=1, max_size=5))
 
 
-@pytest.mark.parametrize("tasks", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_any_history_gives_the_slow_models_archives(tasks):
+@pytest.mark.parametrize(
+    ("tasks", "examples"),
+    [(2, 10), *[pytest.param(tasks, 40, marks=pytest.mark.slow) for tasks in (2, 4)]],
+)
+def test_any_history_gives_the_slow_models_archives(tasks, examples):
     # With two neighbours a mean of float32 distances rounds the same in any order of adding.
-    @settings(max_examples=30, deadline=None, derandomize=True)
+    @settings(max_examples=examples, deadline=None, derandomize=True)
     @given(histories(tasks))
     def check(history):
         repertoire, slow = start(tasks, capacity=2 if tasks == 2 else None)

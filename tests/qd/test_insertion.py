@@ -122,18 +122,18 @@ def histories(draw, tasks):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tasks"),
+    ("kind", "tasks", "examples"),
     [
-        ("grid", 3),
-        ("voronoi", 2),
+        ("grid", 3, 10),
+        ("voronoi", 2, 10),
         *[
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("grid", 2), ("grid", 4), ("voronoi", 4))
+            pytest.param(*case, 40, marks=pytest.mark.slow)
+            for case in [("grid", 2), ("grid", 3), ("grid", 4), ("voronoi", 2), ("voronoi", 4)]
         ],
     ],
 )
-def test_any_history_gives_the_slow_models_archives(kind, tasks):
-    @settings(max_examples=25, deadline=None, derandomize=True)
+def test_any_history_gives_the_slow_models_archives(kind, tasks, examples):
+    @settings(max_examples=examples, deadline=None, derandomize=True)
     @given(histories(tasks))
     def check(history):
         repertoire, slow = first_repertoire(tasks, 2 if tasks == 2 else 7, kind)

@@ -111,38 +111,42 @@ def noisy_scores(rng, shape):
     return np.where(rng.random(shape) < 0.05, np.nan, scores).astype(np.float32)
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 2**32 - 1), generations=st.integers(1, 6))
-def test_any_history_gives_the_slow_models_archives(seed, generations):
-    rng = np.random.default_rng(seed)
-    repertoire = start([(0.5, 0.5)])
-    slow = SlowArchives({0: [(0.5, 0.5)]}, [[None] * BINS for _ in range(TASKS)], 0.8)
-    slow.offer([0])
-    for t in range(generations):
-        samples, again = noisy_scores(rng, (2, BATCH, TASKS)), noisy_scores(rng, (1, 3, TASKS))
-        # The first pool slots that hold an elite are evaluated again, then a batch is offered.
-        slots = np.flatnonzero(np.asarray(repertoire.occupied))
-        chosen = np.full(3, -1)
-        chosen[: len(slots[:3])] = slots[:3]
-        by_slot = np.asarray(repertoire.genotypes["id"])
-        slow.reassess(
-            {int(by_slot[s]): [tuple(again[0, i])] for i, s in enumerate(chosen) if s >= 0},
-            [int(by_slot[s]) for s in slots],
-        )
-        repertoire = repertoire.reassess(chosen, Evidence.of(again))
-        assert holders(repertoire) == slow.cells
-        numbers = list(range(1 + t * BATCH, 1 + (t + 1) * BATCH))
-        slow.add({n: [tuple(r) for r in samples[:, i]] for i, n in enumerate(numbers)})
-        repertoire = offer(repertoire, numbers, samples)
-        assert holders(repertoire) == slow.cells
-        by_slot = np.asarray(repertoire.genotypes["id"])
-        occupied = np.asarray(repertoire.occupied)
-        assert {int(n) for n in by_slot[occupied]} == slow.samples.keys()
-        for slot in np.flatnonzero(occupied):
-            rows = slow.samples[int(by_slot[slot])]
-            assert int(repertoire.evidence.count[slot]) == len(rows)
-            np.testing.assert_allclose(repertoire.scores[slot], np.mean(rows, 0), atol=1e-6)
-        assert np.isneginf(np.asarray(repertoire.scores)[~occupied]).all()
+@pytest.mark.parametrize("examples", [10, pytest.param(40, marks=pytest.mark.slow)])
+def test_any_history_gives_the_slow_models_archives(examples):
+    @settings(max_examples=examples, deadline=None, derandomize=True)
+    @given(seed=st.integers(0, 2**32 - 1), generations=st.integers(1, 6))
+    def check(seed, generations):
+        rng = np.random.default_rng(seed)
+        repertoire = start([(0.5, 0.5)])
+        slow = SlowArchives({0: [(0.5, 0.5)]}, [[None] * BINS for _ in range(TASKS)], 0.8)
+        slow.offer([0])
+        for t in range(generations):
+            samples, again = noisy_scores(rng, (2, BATCH, TASKS)), noisy_scores(rng, (1, 3, TASKS))
+            # The first pool slots that hold an elite are evaluated again, then a batch is offered.
+            slots = np.flatnonzero(np.asarray(repertoire.occupied))
+            chosen = np.full(3, -1)
+            chosen[: len(slots[:3])] = slots[:3]
+            by_slot = np.asarray(repertoire.genotypes["id"])
+            slow.reassess(
+                {int(by_slot[s]): [tuple(again[0, i])] for i, s in enumerate(chosen) if s >= 0},
+                [int(by_slot[s]) for s in slots],
+            )
+            repertoire = repertoire.reassess(chosen, Evidence.of(again))
+            assert holders(repertoire) == slow.cells
+            numbers = list(range(1 + t * BATCH, 1 + (t + 1) * BATCH))
+            slow.add({n: [tuple(r) for r in samples[:, i]] for i, n in enumerate(numbers)})
+            repertoire = offer(repertoire, numbers, samples)
+            assert holders(repertoire) == slow.cells
+            by_slot = np.asarray(repertoire.genotypes["id"])
+            occupied = np.asarray(repertoire.occupied)
+            assert {int(n) for n in by_slot[occupied]} == slow.samples.keys()
+            for slot in np.flatnonzero(occupied):
+                rows = slow.samples[int(by_slot[slot])]
+                assert int(repertoire.evidence.count[slot]) == len(rows)
+                np.testing.assert_allclose(repertoire.scores[slot], np.mean(rows, 0), atol=1e-6)
+            assert np.isneginf(np.asarray(repertoire.scores)[~occupied]).all()
+
+    check()
 
 
 @pytest.mark.parametrize("cells", ["grid", pytest.param("cvt", marks=pytest.mark.slow)])

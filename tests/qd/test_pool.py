@@ -107,7 +107,8 @@ def test_a_scanned_search_improves(kind, tasks):
 
 
 @pytest.mark.parametrize(
-    ("kind", "tasks"), [pytest.param("cvt", 2, marks=pytest.mark.slow), ("dns", 10)]
+    ("kind", "tasks"),
+    [pytest.param(*each, marks=pytest.mark.slow) for each in (("cvt", 2), ("dns", 10))],
 )
 def test_asked_and_told_beside_a_qdax_emitter_in_a_multi_emitter(kind, tasks):
     iso_line = functools.partial(isoline_variation, iso_sigma=0.05, line_sigma=0.1)

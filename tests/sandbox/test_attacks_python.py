@@ -197,6 +197,7 @@ FORBIDDEN = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_greedy_programs_end_within_their_limits(roomy, untouched):
     with untouched():
         outcomes = roomy.run([Job("python", source, snapshot=True) for _, source, _ in GREEDY])

@@ -33,7 +33,7 @@ def open_task(name: str, monkeypatch: pytest.MonkeyPatch) -> Task:
 
 
 # Opening some benchmarks takes longer than playing them: machines start, references are run.
-QUICK = {*TASKS, "dbbench/loadable", "mbpp", "osbench/offline"}
+QUICK = {*TASKS, "dbbench/loadable", "mbpp"}
 
 
 @pytest.mark.parametrize(
