@@ -24,14 +24,20 @@ if version("jaxlib").startswith("0.10."):
         "--xla_cpu_parallel_codegen_split_count=1",
     ]
 os.environ.setdefault("XLA_FLAGS", " ".join(_FAST_COMPILATION))
-# What was compiled is kept, for the other worker and for the next run: most of it is the same.
 _COMPILED = Path(__file__).parents[1] / ".pytest_cache" / "xla"
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(_COMPILED))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 install_import_hook(
     [f"cycleqd_jax.{room}" for room in ("merging", "models", "qd", "training")], "beartype.beartype"
 )
+
+
+def pytest_configure() -> None:
+    """Keep what is compiled, for the other worker and for the next run: most of it is the same."""
+    import jax  # after the flags are said
+
+    # Not by the environment: processes that tests start and kill are to find nothing half written.
+    jax.config.update("jax_compilation_cache_dir", str(_COMPILED))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture
