@@ -90,10 +90,8 @@ def emitter_of(tasks=3, batch=8, selector=None):
 
 
 # The grid's turn in a search is in test_emitter.
-@pytest.mark.parametrize(
-    ("kind", "tasks"),
-    [pytest.param(*each, marks=pytest.mark.slow) for each in (("cvt", 10), ("dns", 2))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "tasks"), [("cvt", 10), ("dns", 2)])
 def test_a_scanned_search_improves(kind, tasks):
     search, repertoire, state, before = algorithm(kind, emitter_of(tasks), tasks)
     carry = (repertoire, state, jax.random.key(3))
@@ -106,10 +104,8 @@ def test_a_scanned_search_improves(kind, tasks):
     assert (best_elites(after) >= 0).all()
 
 
-@pytest.mark.parametrize(
-    ("kind", "tasks"),
-    [pytest.param(*each, marks=pytest.mark.slow) for each in (("cvt", 2), ("dns", 10))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "tasks"), [("cvt", 2), ("dns", 10)])
 def test_asked_and_told_beside_a_qdax_emitter_in_a_multi_emitter(kind, tasks):
     iso_line = functools.partial(isoline_variation, iso_sigma=0.05, line_sigma=0.1)
     ours = emitter_of(tasks, 8, UniformSelector(select_with_replacement=False))

@@ -326,9 +326,8 @@ def test_forbidden_statements_are_refused(
             admin.execute(f"DROP DATABASE {neighbour}")
 
 
-@pytest.mark.parametrize(
-    "attacks", [pytest.param(each, marks=pytest.mark.slow) for each in (SEQUENCES, SLOW_SEQUENCES)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("attacks", [SEQUENCES, SLOW_SEQUENCES])
 def test_sequences_leave_the_right_agents_their_tables(
     attacks: dict[str, tuple[str, ...]],
     strict: Backend,
