@@ -4,10 +4,13 @@ Only in the rooms that have such annotations: elsewhere the type checker has see
 checking every call of a generator of problems took most of its tests' time.
 """
 
+import gc
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -57,3 +60,36 @@ def on_eight_devices() -> Callable[[str], str]:
         return done.stdout.strip()
 
     return run
+
+
+@pytest.fixture
+def nothing_left() -> Callable[[], AbstractContextManager[None]]:
+    """A context that leaves no descriptor, mount or name of this computer behind."""
+    return _nothing_left
+
+
+@contextmanager
+def _nothing_left() -> Iterator[None]:
+    gc.collect()
+    descriptors, rest = _descriptors(), (_mounts(), os.uname())
+    yield
+    # Threads and the kernel take away what is over a moment later; of what was open before, some
+    # may go meanwhile.
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        gc.collect()
+        if _descriptors() <= descriptors and (_mounts(), os.uname()) == rest:
+            break
+        time.sleep(0.02)
+    assert (_mounts(), os.uname()) == rest
+    assert _descriptors() <= descriptors
+
+
+def _descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def _mounts() -> list[str]:
+    """Without those of the small file systems of other tests, which come and go."""
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    return [line for line in lines if "/pytest-of-" not in line]

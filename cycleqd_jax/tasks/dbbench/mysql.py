@@ -10,6 +10,7 @@ distributed transaction, which keeps its locks for ever.
 import contextlib
 import re
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -112,11 +113,22 @@ class MySQLBackend:
 
     def drop(self, name: str) -> None:
         """Remove a session's database and user, in the background."""
-        self._cleaners.submit(self._drop, name)
+        self._cleaners.submit(self._drop_at_last, name)
 
     def close(self) -> None:
         """Wait until every session that was closed has left nothing behind."""
         self._cleaners.shutdown()
+
+    def _drop_at_last(self, name: str) -> None:
+        """Until it is gone: a statement that is being killed may hold a database for a while."""
+        for pause in (0.1, 1.0, 10.0):
+            try:
+                self._drop(name)
+            except _driver().err.Error:
+                time.sleep(pause)
+            else:
+                return
+        self._drop(name)
 
     def _drop(self, name: str) -> None:
         with self.connect() as admin:
