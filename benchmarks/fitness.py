@@ -30,14 +30,14 @@ from cycleqd_jax.cache import default_cache
 from cycleqd_jax.runs.compilation import cache_compilations
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.evaluate import Evaluator
-from cycleqd_jax.runs.files import read_json, write_json_atomic
-from cycleqd_jax.runs.finalists import choose_finals
-from cycleqd_jax.runs.folder import RunFiles, RunFolder
-from cycleqd_jax.runs.jsonl import read_jsonl
-from cycleqd_jax.runs.monitor import Monitor
 from cycleqd_jax.runs.quickstart import quickstart_config
+from cycleqd_jax.runs.records.files import read_json, write_json_atomic
+from cycleqd_jax.runs.records.folder import RunFiles, RunFolder
+from cycleqd_jax.runs.records.jsonl import read_jsonl
+from cycleqd_jax.runs.results.finalists import choose_finals
 from cycleqd_jax.runs.search import Search
-from cycleqd_jax.runs.watch import Watch
+from cycleqd_jax.runs.watching.monitor import Monitor
+from cycleqd_jax.runs.watching.watch import Watch
 from cycleqd_jax.runs.workspace import open_workspace
 from cycleqd_jax.sandbox import open_sandbox
 from cycleqd_jax.sandbox.memo import MemoSandbox

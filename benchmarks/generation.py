@@ -51,16 +51,16 @@ from cycleqd_jax.models.specs import leaf_table
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.runs.compilation import cache_compilations
 from cycleqd_jax.runs.evaluate import Evaluator
-from cycleqd_jax.runs.folder import RunFolder
-from cycleqd_jax.runs.lineage import Birth, read_births
-from cycleqd_jax.runs.monitor import Monitor
 from cycleqd_jax.runs.policy import Conversations
 from cycleqd_jax.runs.quickstart import quickstart_config
-from cycleqd_jax.runs.release import PastRun
+from cycleqd_jax.runs.records.folder import RunFolder
+from cycleqd_jax.runs.records.lineage import Birth, read_births
+from cycleqd_jax.runs.records.transcripts import read_transcripts, transcript_file
+from cycleqd_jax.runs.results.release import PastRun
 from cycleqd_jax.runs.search import Search
-from cycleqd_jax.runs.transcripts import read_transcripts, transcript_file
 from cycleqd_jax.runs.transformers_policy import TransformersPolicy
-from cycleqd_jax.runs.watch import Watch
+from cycleqd_jax.runs.watching.monitor import Monitor
+from cycleqd_jax.runs.watching.watch import Watch
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import MemoSandbox, Sandbox, open_sandbox
 from cycleqd_jax.tasks.base import Request

@@ -28,16 +28,16 @@ from cycleqd_jax.cache import default_cache
 from cycleqd_jax.runs.breeding import first_parents, make_emitter
 from cycleqd_jax.runs.compilation import cache_compilations
 from cycleqd_jax.runs.config import RunConfig
-from cycleqd_jax.runs.division import Costs, deal, work_done
 from cycleqd_jax.runs.driver import evolve
 from cycleqd_jax.runs.evaluate import Evaluator
-from cycleqd_jax.runs.files import read_json, write_json_atomic
-from cycleqd_jax.runs.joining import joined_hosts
-from cycleqd_jax.runs.jsonl import read_jsonl
-from cycleqd_jax.runs.lineage import FamilyTree, read_births
+from cycleqd_jax.runs.hosts.division import Costs, deal, work_done
+from cycleqd_jax.runs.hosts.joining import joined_hosts
 from cycleqd_jax.runs.quickstart import quickstart_config
 from cycleqd_jax.runs.rebuild import rebuild
-from cycleqd_jax.runs.transcripts import read_transcripts
+from cycleqd_jax.runs.records.files import read_json, write_json_atomic
+from cycleqd_jax.runs.records.jsonl import read_jsonl
+from cycleqd_jax.runs.records.lineage import FamilyTree, read_births
+from cycleqd_jax.runs.records.transcripts import read_transcripts
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import open_sandbox
 from cycleqd_jax.sandbox.memo import MemoSandbox

@@ -37,8 +37,8 @@ from cycleqd_jax.qd.grid import grid_from_experts
 from cycleqd_jax.qd.metrics import qd_metrics
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.qd.selection import EliteSelector
-from cycleqd_jax.runs.pictures import ArchivePicture, plot_archives
-from cycleqd_jax.runs.report import results_table
+from cycleqd_jax.runs.results.report import results_table
+from cycleqd_jax.runs.watching.pictures import ArchivePicture, plot_archives
 
 GROUPS = {"0 to 3": (0, 1, 2, 3), "4 to 6": (4, 5, 6), "7 to 9": (7, 8, 9)}
 ROLES = {"w1": "matrix", "b1": "vector", "w2": "matrix", "b2": "vector"}

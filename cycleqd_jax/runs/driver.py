@@ -17,20 +17,20 @@ from cycleqd_jax.progress import Progress
 from cycleqd_jax.runs.compatibility import compatibility_report, compatibility_tables
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.evaluate import Evaluator, Problems
-from cycleqd_jax.runs.export import Measured, ModelCard, export_model
-from cycleqd_jax.runs.files import read_json, to_json, write_json_atomic
-from cycleqd_jax.runs.finalists import Choice, Finals, choose_finals, choose_uniform
-from cycleqd_jax.runs.folder import RunFolder, differing_keys
-from cycleqd_jax.runs.hosts import ALONE, Hosts, HostsError
-from cycleqd_jax.runs.lineage import FamilyTree, read_births
-from cycleqd_jax.runs.monitor import Monitor, draw_run
+from cycleqd_jax.runs.hosts.processes import ALONE, Hosts, HostsError
 from cycleqd_jax.runs.needs import default_mesh
-from cycleqd_jax.runs.parents import check_parents, record_parents
 from cycleqd_jax.runs.rebuild import digests
-from cycleqd_jax.runs.release import make_card
-from cycleqd_jax.runs.report import results_table, summary
+from cycleqd_jax.runs.records.files import read_json, to_json, write_json_atomic
+from cycleqd_jax.runs.records.folder import RunFolder, differing_keys
+from cycleqd_jax.runs.records.lineage import FamilyTree, read_births
+from cycleqd_jax.runs.records.parents import check_parents, record_parents
+from cycleqd_jax.runs.results.export import Measured, ModelCard, export_model
+from cycleqd_jax.runs.results.finalists import Choice, Finals, choose_finals, choose_uniform
+from cycleqd_jax.runs.results.release import make_card
+from cycleqd_jax.runs.results.report import results_table, summary
 from cycleqd_jax.runs.search import Search
-from cycleqd_jax.runs.watch import Watch
+from cycleqd_jax.runs.watching.monitor import Monitor, draw_run
+from cycleqd_jax.runs.watching.watch import Watch
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import open_sandbox
 from cycleqd_jax.sandbox.memo import MemoSandbox

@@ -11,11 +11,11 @@ import numpy as np
 
 from cycleqd_jax.models.generate import Decoder
 from cycleqd_jax.models.sampling import Sampling
-from cycleqd_jax.runs.division import Chosen, Costs, Division, Problems
-from cycleqd_jax.runs.hosts import ALONE, Hosts
+from cycleqd_jax.runs.hosts.division import Chosen, Costs, Division, Problems
+from cycleqd_jax.runs.hosts.processes import ALONE, Hosts
 from cycleqd_jax.runs.policy import PopulationPolicy
 from cycleqd_jax.runs.rebuild import digests
-from cycleqd_jax.runs.transcripts import record_transcripts
+from cycleqd_jax.runs.records.transcripts import record_transcripts
 from cycleqd_jax.runs.workspace import Workspace
 from cycleqd_jax.sandbox.base import Sandbox
 from cycleqd_jax.sharding import batch_placement

@@ -21,7 +21,7 @@ from cycleqd_jax.models.llama import init_params
 from cycleqd_jax.models.specs import LlamaConfig
 from cycleqd_jax.models.tokenizer import load_tokenizer
 from cycleqd_jax.progress import Progress, track
-from cycleqd_jax.runs.files import write_json_atomic
+from cycleqd_jax.runs.records.files import write_json_atomic
 from cycleqd_jax.tasks.base import Problem, Task
 from cycleqd_jax.training.corpus import bucket_rows
 from cycleqd_jax.training.sft import TrainConfig, train

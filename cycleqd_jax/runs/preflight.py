@@ -21,8 +21,7 @@ from cycleqd_jax.models.tokenizer import load_tokenizer
 from cycleqd_jax.plan import describe
 from cycleqd_jax.runs.command import Command
 from cycleqd_jax.runs.config import RunConfig
-from cycleqd_jax.runs.hosts import ALONE, Hosts
-from cycleqd_jax.runs.loggers import check_loggers
+from cycleqd_jax.runs.hosts.processes import ALONE, Hosts
 from cycleqd_jax.runs.needs import (
     Device,
     Needs,
@@ -33,6 +32,7 @@ from cycleqd_jax.runs.needs import (
     short_disks,
 )
 from cycleqd_jax.runs.policy import Conversations
+from cycleqd_jax.runs.watching.loggers import check_loggers
 from cycleqd_jax.sandbox import (
     Job,
     Limits,

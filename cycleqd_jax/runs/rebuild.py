@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from cycleqd_jax.qd.emitter import CycleQDEmitter
-from cycleqd_jax.runs.lineage import Birth, FamilyTree, LineageError
+from cycleqd_jax.runs.records.lineage import Birth, FamilyTree, LineageError
 
 
 def digests(genotypes: Any) -> list[str]:

@@ -16,17 +16,17 @@ from cycleqd_jax.qd.compact import compact, expand
 from cycleqd_jax.qd.metrics import acceptance, qd_metrics
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.runs.breeding import first_parents, make_emitter
-from cycleqd_jax.runs.checkpoint import Checkpoints, Restored
 from cycleqd_jax.runs.evaluate import Evaluator
 from cycleqd_jax.runs.failures import Failures
 from cycleqd_jax.runs.fitness import Fitness, Scored, problems_of, results_of
-from cycleqd_jax.runs.folder import RunFolder
-from cycleqd_jax.runs.hosts import ALONE, Hosts, Stopped
-from cycleqd_jax.runs.jsonl import JsonlWriter, Log, NoLog, truncate_after
-from cycleqd_jax.runs.leaves import named_leaves, rebuild, to_numpy
-from cycleqd_jax.runs.lineage import Birth, LineageError, read_births
-from cycleqd_jax.runs.monitor import Monitor, device_memory, progress_note
+from cycleqd_jax.runs.hosts.processes import ALONE, Hosts, Stopped
 from cycleqd_jax.runs.rebuild import digests
+from cycleqd_jax.runs.records.checkpoint import Checkpoints, Restored
+from cycleqd_jax.runs.records.folder import RunFolder
+from cycleqd_jax.runs.records.jsonl import JsonlWriter, Log, NoLog, truncate_after
+from cycleqd_jax.runs.records.leaves import named_leaves, rebuild, to_numpy
+from cycleqd_jax.runs.records.lineage import Birth, LineageError, read_births
+from cycleqd_jax.runs.watching.monitor import Monitor, device_memory, progress_note
 from cycleqd_jax.runs.workspace import Workspace
 from cycleqd_jax.tasks.played import Rollout
 

@@ -32,7 +32,7 @@ from cycleqd_jax.models.specs import roles
 from cycleqd_jax.models.tokenizer import load_tokenizer
 from cycleqd_jax.runs.basis_cache import Decomposition, cached_decomposition, checkpoint_digest
 from cycleqd_jax.runs.config import RunConfig
-from cycleqd_jax.runs.parents import BASE
+from cycleqd_jax.runs.records.parents import BASE
 from cycleqd_jax.runs.stored import StoredFamily, StoredLeaf
 from cycleqd_jax.sharding import replicated, weight_sharding
 from cycleqd_jax.tasks.base import Problem, Task

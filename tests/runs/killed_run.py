@@ -22,8 +22,8 @@ from cycleqd_jax.qd.compact import compact
 from cycleqd_jax.runs import driver
 from cycleqd_jax.runs.compilation import cache_compilations
 from cycleqd_jax.runs.config import RunConfig
-from cycleqd_jax.runs.files import read_json
 from cycleqd_jax.runs.rebuild import digests
+from cycleqd_jax.runs.records.files import read_json
 from cycleqd_jax.runs.search import Search
 from cycleqd_jax.tasks.played import Rollout
 

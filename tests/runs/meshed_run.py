@@ -16,7 +16,7 @@ import jax
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.driver import evolve
 from cycleqd_jax.runs.evaluate import Evaluator
-from cycleqd_jax.runs.files import read_json
+from cycleqd_jax.runs.records.files import read_json
 from cycleqd_jax.sharding import mesh_shape
 
 

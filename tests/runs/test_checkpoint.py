@@ -12,7 +12,12 @@ from cycleqd_jax.atomic import NoSpaceError
 from cycleqd_jax.qd.emitter import CycleQDState
 from cycleqd_jax.qd.grid import make_grid
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
-from cycleqd_jax.runs.checkpoint import CheckpointError, Checkpoints, CheckpointWarning, Restored
+from cycleqd_jax.runs.records.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    CheckpointWarning,
+    Restored,
+)
 
 
 class Pool(struct.PyTreeNode):
@@ -237,7 +242,7 @@ def test_an_error_that_is_no_damage_sets_nothing_aside(saved, monkeypatch):
         assert checkpoints.generations() == [2, 3]
 
 
-@pytest.mark.filterwarnings("ignore::cycleqd_jax.runs.checkpoint.CheckpointWarning")
+@pytest.mark.filterwarnings("ignore::cycleqd_jax.runs.records.checkpoint.CheckpointWarning")
 def test_when_every_checkpoint_is_damaged_the_run_does_not_start_over_silently(saved):
     for generation in (2, 3):
         (saved / f"generation_{generation:06d}" / "index" / "metadata").unlink()

@@ -11,7 +11,7 @@ import pytest
 from cycleqd_jax.qd.presets import DEFAULT, PAPER, PRESETS
 from cycleqd_jax.runs.command import known_settings, parse_command
 from cycleqd_jax.runs.config import RunConfig
-from cycleqd_jax.runs.folder import RunFolder, RunFolderError
+from cycleqd_jax.runs.records.folder import RunFolder, RunFolderError
 
 NEEDED = ["--base", "/b", "--experts", "coding=/c", "shell=/s", "--tasks", "coding", "shell"]
 

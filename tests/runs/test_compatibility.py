@@ -15,7 +15,7 @@ from cycleqd_jax.runs.compatibility import compatibility_report, compatibility_t
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.driver import evolve
 from cycleqd_jax.runs.family import Family
-from cycleqd_jax.runs.files import read_json
+from cycleqd_jax.runs.records.files import read_json
 from cycleqd_jax.runs.workspace import open_workspace
 
 

@@ -3,7 +3,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cycleqd_jax.runs.curves import draw_curves, plot_curves
+from cycleqd_jax.runs.watching.curves import draw_curves, plot_curves
 
 TASKS = ("coding", "shell")
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cycleqd_jax.runs.division import Costs, Division, deal
-from cycleqd_jax.runs.hosts import Hosts, HostsError
+from cycleqd_jax.runs.hosts.division import Costs, Division, deal
+from cycleqd_jax.runs.hosts.processes import Hosts, HostsError
 from cycleqd_jax.tasks.base import Message, Problem
 from cycleqd_jax.tasks.played import Rollout
 from cycleqd_jax.tasks.transcript import Program, Transcript, Turn

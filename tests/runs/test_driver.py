@@ -16,9 +16,9 @@ from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.driver import evolve
 from cycleqd_jax.runs.evaluate import Evaluator
 from cycleqd_jax.runs.family import Family
-from cycleqd_jax.runs.folder import RunFolderError
-from cycleqd_jax.runs.jsonl import read_jsonl
-from cycleqd_jax.runs.lineage import read_births
+from cycleqd_jax.runs.records.folder import RunFolderError
+from cycleqd_jax.runs.records.jsonl import read_jsonl
+from cycleqd_jax.runs.records.lineage import read_births
 
 TASKS = ("coding", "database", "shell")
 ROWS = [

@@ -9,7 +9,7 @@ from cycleqd_jax.merging.spectral import MatrixFactors, VectorFactors
 from cycleqd_jax.models.convert import load_model, save_model
 from cycleqd_jax.models.llama import init_params
 from cycleqd_jax.models.specs import LlamaConfig
-from cycleqd_jax.runs.export import (
+from cycleqd_jax.runs.results.export import (
     Coefficients,
     Measured,
     ModelCard,

@@ -11,7 +11,7 @@ from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.driver import evolve
 from cycleqd_jax.runs.evaluate import Evaluator
 from cycleqd_jax.runs.failures import Failures, GenerationFailed
-from cycleqd_jax.runs.jsonl import read_jsonl
+from cycleqd_jax.runs.records.jsonl import read_jsonl
 from cycleqd_jax.tasks.played import Rollout
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from cycleqd_jax.runs.files import from_json, read_json, to_json, write_json_atomic
+from cycleqd_jax.runs.records.files import from_json, read_json, to_json, write_json_atomic
 
 
 def test_arrays_scalars_paths_and_tuples_become_plain_json():

@@ -12,7 +12,7 @@ from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.evaluate import Evaluator
 from cycleqd_jax.runs.fitness import SOLVED, Fitness, Scored, problems_of
-from cycleqd_jax.runs.lineage import Birth
+from cycleqd_jax.runs.records.lineage import Birth
 from cycleqd_jax.tasks.base import Problem
 from cycleqd_jax.tasks.played import Rollout
 

@@ -7,8 +7,8 @@ import textwrap
 
 import pytest
 
-from cycleqd_jax.runs import folder as folder_module
-from cycleqd_jax.runs.folder import RunFolder, RunFolderError, differing_keys, read_config
+from cycleqd_jax.runs.records import folder as folder_module
+from cycleqd_jax.runs.records.folder import RunFolder, RunFolderError, differing_keys, read_config
 
 CONFIG = {"seed": 0, "grid": {"bins": 15, "low": 0.85}, "tasks": ("coding", "shell")}
 

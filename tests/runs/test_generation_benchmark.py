@@ -14,7 +14,7 @@ import pytest
 from cycleqd_jax.qd.presets import DEFAULT
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
 from cycleqd_jax.runs.config import RunConfig
-from cycleqd_jax.runs.lineage import Birth
+from cycleqd_jax.runs.records.lineage import Birth
 
 pytest.importorskip("torch")
 

@@ -21,7 +21,7 @@ from cycleqd_jax.models.specs import LeafSpec, leaf_table
 
 pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install '.[lm-eval]'")
 
-from cycleqd_jax.runs.harness import PopulationLM
+from cycleqd_jax.runs.language.harness import PopulationLM
 
 LENGTH = 64
 TEMPLATE = (

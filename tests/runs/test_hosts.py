@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 
 from cycleqd_jax.runs.config import RunConfig
-from cycleqd_jax.runs.files import read_json, write_json_atomic
-from cycleqd_jax.runs.jsonl import read_jsonl
-from cycleqd_jax.runs.transcripts import read_transcripts
+from cycleqd_jax.runs.records.files import read_json, write_json_atomic
+from cycleqd_jax.runs.records.jsonl import read_jsonl
+from cycleqd_jax.runs.records.transcripts import read_transcripts
 from cycleqd_jax.tasks.transcript import Turn
 
 PROGRAM = Path(__file__).with_name("hosts_run.py")
@@ -117,7 +117,7 @@ def runs(config: RunConfig, tmp_path_factory: pytest.TempPathFactory) -> Runs:
 EXCHANGE = """
 import os, signal, sys
 import numpy as np
-from cycleqd_jax.runs.joining import joined_hosts
+from cycleqd_jax.runs.hosts.joining import joined_hosts
 
 port, process = sys.argv[1:]
 with joined_hosts(f"127.0.0.1:{port}", int(process), 2) as hosts:

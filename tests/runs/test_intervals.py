@@ -2,7 +2,7 @@
 
 import pytest
 
-from cycleqd_jax.runs.intervals import wilson, wilson_of_mean
+from cycleqd_jax.runs.results.intervals import wilson, wilson_of_mean
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,8 @@ import socket
 
 import pytest
 
-from cycleqd_jax.runs.hosts import ALONE, HostsError
-from cycleqd_jax.runs.joining import _check_port, in_cluster, joined_hosts
+from cycleqd_jax.runs.hosts.joining import _check_port, in_cluster, joined_hosts
+from cycleqd_jax.runs.hosts.processes import ALONE, HostsError
 
 SLURM = {
     "SLURM_JOB_ID": "7",

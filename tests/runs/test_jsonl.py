@@ -5,8 +5,8 @@ import os
 import pytest
 
 from cycleqd_jax.atomic import NoSpaceError
-from cycleqd_jax.runs import jsonl
-from cycleqd_jax.runs.jsonl import JsonlWriter, keep_rows, read_jsonl, truncate_after
+from cycleqd_jax.runs.records import jsonl
+from cycleqd_jax.runs.records.jsonl import JsonlWriter, keep_rows, read_jsonl, truncate_after
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from flax import struct
 
-from cycleqd_jax.runs.leaves import (
+from cycleqd_jax.runs.records.leaves import (
     leaf_index,
     mismatches,
     named_leaves,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
-from cycleqd_jax.runs import lifeline as module
-from cycleqd_jax.runs.lifeline import Doors, Lifeline, knock
+from cycleqd_jax.runs.hosts import lifeline as module
+from cycleqd_jax.runs.hosts.lifeline import Doors, Lifeline, knock
 
 
 class Process:

@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from cycleqd_jax.runs.jsonl import JsonlWriter
-from cycleqd_jax.runs.lineage import Birth, FamilyTree, LineageError, read_births
+from cycleqd_jax.runs.records.jsonl import JsonlWriter
+from cycleqd_jax.runs.records.lineage import Birth, FamilyTree, LineageError, read_births
 
 
 def birth(id, parents=(), generation=0):

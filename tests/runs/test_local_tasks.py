@@ -14,7 +14,7 @@ pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install '.[
 from lm_eval.api.instance import Instance
 from lm_eval.tasks import TaskManager
 
-from cycleqd_jax.runs.local_tasks import arc_easy, gsm8k
+from cycleqd_jax.runs.language.local_tasks import arc_easy, gsm8k
 
 
 def question(answer: str, labels: str, key: str) -> dict[str, Any]:

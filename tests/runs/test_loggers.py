@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from cycleqd_jax.runs.loggers import check_loggers, open_loggers, scalars_of
+from cycleqd_jax.runs.watching.loggers import check_loggers, open_loggers, scalars_of
 
 ROW = {
     "generation": 3,

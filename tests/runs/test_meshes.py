@@ -16,8 +16,8 @@ from cycleqd_jax.models.convert import load_model, save_model
 from cycleqd_jax.models.llama import init_params
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.family import Family
-from cycleqd_jax.runs.files import read_json, write_json_atomic
-from cycleqd_jax.runs.jsonl import read_jsonl
+from cycleqd_jax.runs.records.files import read_json, write_json_atomic
+from cycleqd_jax.runs.records.jsonl import read_jsonl
 
 pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("meshed_run.py")

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
-from cycleqd_jax.runs import monitor as module
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.evaluate import Evaluator
-from cycleqd_jax.runs.folder import RunFolder
-from cycleqd_jax.runs.jsonl import read_jsonl
-from cycleqd_jax.runs.monitor import Interrupts, Monitor, device_memory, progress_note
-from cycleqd_jax.runs.watch import Watch
+from cycleqd_jax.runs.records.folder import RunFolder
+from cycleqd_jax.runs.records.jsonl import read_jsonl
+from cycleqd_jax.runs.watching import monitor as module
+from cycleqd_jax.runs.watching.monitor import Interrupts, Monitor, device_memory, progress_note
+from cycleqd_jax.runs.watching.watch import Watch
 
 ROW: dict[str, Any] = {
     "generation": 1,

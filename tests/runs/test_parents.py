@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from cycleqd_jax.runs.parents import ParentsError, check_parents, licence_of, record_parents
+from cycleqd_jax.runs.records.parents import ParentsError, check_parents, licence_of, record_parents
 
 
 def test_a_changed_model_is_named(tmp_path: Path) -> None:

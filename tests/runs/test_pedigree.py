@@ -5,8 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from cycleqd_jax.runs.lineage import Birth, FamilyTree
-from cycleqd_jax.runs.pedigree import draw_pedigree
+from cycleqd_jax.runs.records.lineage import Birth, FamilyTree
+from cycleqd_jax.runs.results.pedigree import draw_pedigree
 
 HOW = {"weights": [1.25, 0.75], "expert": "shell", "keys": [[0, 1], [2, 3]]}
 FAMILY = FamilyTree(

@@ -8,8 +8,8 @@ import pytest
 from matplotlib.collections import QuadMesh
 
 from cycleqd_jax.atomic import NoSpaceError
-from cycleqd_jax.runs import pictures
-from cycleqd_jax.runs.pictures import ArchivePicture, draw_archives, plot_archives
+from cycleqd_jax.runs.watching import pictures
+from cycleqd_jax.runs.watching.pictures import ArchivePicture, draw_archives, plot_archives
 
 NAMES = ("coding", "database", "shell", "os", "web")
 BINS = 4

@@ -15,7 +15,7 @@ from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.evaluate import Evaluator
 from cycleqd_jax.runs.family import Family
 from cycleqd_jax.runs.policy import PopulationPolicy
-from cycleqd_jax.runs.transcripts import read_transcripts, transcript_file
+from cycleqd_jax.runs.records.transcripts import read_transcripts, transcript_file
 from cycleqd_jax.runs.transformers_policy import TransformersPolicy
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import Limits, Sandbox, open_sandbox

@@ -16,11 +16,11 @@ from cycleqd_jax.runs import needs as needs_module
 from cycleqd_jax.runs import preflight as module
 from cycleqd_jax.runs.command import Command, parse_command
 from cycleqd_jax.runs.config import RunConfig
-from cycleqd_jax.runs.hosts import Hosts
+from cycleqd_jax.runs.hosts.processes import Hosts
 from cycleqd_jax.runs.launch import launch
 from cycleqd_jax.runs.needs import Device, default_mesh, named_device, needs_of, short_disks
 from cycleqd_jax.runs.preflight import NotReady, Preflight, findings_table, plan_text
-from cycleqd_jax.runs.watch import Watch
+from cycleqd_jax.runs.watching.watch import Watch
 from cycleqd_jax.sandbox import SandboxUnavailable
 from cycleqd_jax.tasks.base import Ask, Message, Problem
 from cycleqd_jax.workload import MODELS

@@ -14,12 +14,12 @@ from cycleqd_jax.models.convert import load_model, save_model
 from cycleqd_jax.runs import driver
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.evaluate import Evaluator
-from cycleqd_jax.runs.files import read_json, write_json_atomic
-from cycleqd_jax.runs.jsonl import JsonlWriter, read_jsonl
-from cycleqd_jax.runs.lineage import LineageError
-from cycleqd_jax.runs.parents import ParentsError
 from cycleqd_jax.runs.rebuild import digests
-from cycleqd_jax.runs.release import PastRun
+from cycleqd_jax.runs.records.files import read_json, write_json_atomic
+from cycleqd_jax.runs.records.jsonl import JsonlWriter, read_jsonl
+from cycleqd_jax.runs.records.lineage import LineageError
+from cycleqd_jax.runs.records.parents import ParentsError
+from cycleqd_jax.runs.results.release import PastRun
 from cycleqd_jax.runs.workspace import Workspace
 
 

@@ -12,10 +12,10 @@ import pytest
 from cycleqd_jax.models.convert import load_model
 from cycleqd_jax.models.tokenizer import load_tokenizer
 from cycleqd_jax.runs.config import RunConfig
-from cycleqd_jax.runs.files import read_json, write_json_atomic
-from cycleqd_jax.runs.folder import RunFolderError
-from cycleqd_jax.runs.release import PastRun, release
-from cycleqd_jax.runs.team import TeamError, load_team
+from cycleqd_jax.runs.records.files import read_json, write_json_atomic
+from cycleqd_jax.runs.records.folder import RunFolderError
+from cycleqd_jax.runs.results.release import PastRun, release
+from cycleqd_jax.runs.results.team import TeamError, load_team
 
 
 def same(a, b) -> bool:

@@ -6,8 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from cycleqd_jax.runs.files import write_json_atomic
-from cycleqd_jax.runs.report import describe_gain, gain, results_table, summary, with_means
+from cycleqd_jax.runs.records.files import write_json_atomic
+from cycleqd_jax.runs.results.report import describe_gain, gain, results_table, summary, with_means
 
 TASKS = ("coding", "shell")
 MODELS = {

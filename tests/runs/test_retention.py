@@ -11,12 +11,11 @@ pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install '.[
 
 from rich.console import Console
 
-from cycleqd_jax.runs import retention
 from cycleqd_jax.runs.config import RunConfig
 from cycleqd_jax.runs.family import Family
-from cycleqd_jax.runs.folder import RunFolder, RunFolderError
-from cycleqd_jax.runs.local_tasks import arc_easy
-from cycleqd_jax.runs.retention import (
+from cycleqd_jax.runs.language import retention
+from cycleqd_jax.runs.language.local_tasks import arc_easy
+from cycleqd_jax.runs.language.retention import (
     Tasks,
     each_model,
     models_of_run,
@@ -24,6 +23,7 @@ from cycleqd_jax.runs.retention import (
     retention_table,
     scores_of,
 )
+from cycleqd_jax.runs.records.folder import RunFolder, RunFolderError
 
 
 def arc_file(folder: Path) -> Path:

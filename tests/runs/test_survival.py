@@ -17,8 +17,8 @@ import pytest
 
 from cycleqd_jax.qd.presets import DEFAULT
 from cycleqd_jax.runs.config import RunConfig
-from cycleqd_jax.runs.files import read_json, write_json_atomic
-from cycleqd_jax.runs.jsonl import read_jsonl
+from cycleqd_jax.runs.records.files import read_json, write_json_atomic
+from cycleqd_jax.runs.records.jsonl import read_jsonl
 
 pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("killed_run.py")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from cycleqd_jax.runs.export import ModelCard
-from cycleqd_jax.runs.release import PastRun
-from cycleqd_jax.runs.team import TeamError, export_team, load_team
+from cycleqd_jax.runs.results.export import ModelCard
+from cycleqd_jax.runs.results.release import PastRun
+from cycleqd_jax.runs.results.team import TeamError, export_team, load_team
 
 
 @pytest.fixture(scope="module")

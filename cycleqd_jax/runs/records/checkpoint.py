@@ -21,8 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from cycleqd_jax.atomic import explain_no_space
-from cycleqd_jax.runs.files import from_json, read_json, to_json, write_json_atomic
-from cycleqd_jax.runs.leaves import (
+from cycleqd_jax.runs.records.files import from_json, read_json, to_json, write_json_atomic
+from cycleqd_jax.runs.records.leaves import (
     leaf_index,
     mismatches,
     named_leaves,

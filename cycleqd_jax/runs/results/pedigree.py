@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from rich.text import Text
 from rich.tree import Tree
 
-from cycleqd_jax.runs.lineage import Birth, FamilyTree
+from cycleqd_jax.runs.records.lineage import Birth, FamilyTree
 
 
 def draw_pedigree(family: FamilyTree, id: int, tasks: Sequence[str], depth: int = 6) -> Tree:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from cycleqd_jax.runs.files import read_json, write_json_atomic
+from cycleqd_jax.runs.records.files import read_json, write_json_atomic
 
 BASE = "base"
 

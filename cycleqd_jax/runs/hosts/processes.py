@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from flax.serialization import msgpack_restore, msgpack_serialize
 
-from cycleqd_jax.runs.lifeline import Lifeline
+from cycleqd_jax.runs.hosts.lifeline import Lifeline
 
 # Of a transfer: every new size compiles a small program, so there are few.
 _SMALLEST = 1 << 12

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cycleqd_jax.runs.jsonl import read_jsonl
+from cycleqd_jax.runs.records.jsonl import read_jsonl
 
 
 class LineageError(ValueError):

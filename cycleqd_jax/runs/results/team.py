@@ -31,9 +31,9 @@ from cycleqd_jax.models.folder import replaced_folder
 from cycleqd_jax.models.kernels import attach
 from cycleqd_jax.models.specs import roles
 from cycleqd_jax.runs.basis_cache import basis_size, read_basis, write_basis
-from cycleqd_jax.runs.export import ModelCard
-from cycleqd_jax.runs.files import read_json, write_json_atomic
 from cycleqd_jax.runs.rebuild import digests
+from cycleqd_jax.runs.records.files import read_json, write_json_atomic
+from cycleqd_jax.runs.results.export import ModelCard
 from cycleqd_jax.runs.workspace import Workspace
 
 FORMAT = 1

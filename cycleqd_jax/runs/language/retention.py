@@ -17,9 +17,9 @@ from cycleqd_jax.models.lora import is_adapter, load_adapter
 from cycleqd_jax.models.specs import roles
 from cycleqd_jax.models.tokenizer import load_tokenizer, tokenizer_fingerprint
 from cycleqd_jax.runs.config import RunConfig
-from cycleqd_jax.runs.folder import RunFiles, read_config
-from cycleqd_jax.runs.harness import PopulationLM
-from cycleqd_jax.runs.local_tasks import LOCAL_TASKS
+from cycleqd_jax.runs.language.harness import PopulationLM
+from cycleqd_jax.runs.language.local_tasks import LOCAL_TASKS
+from cycleqd_jax.runs.records.folder import RunFiles, read_config
 from cycleqd_jax.runs.workspace import Workspace
 
 Scores = dict[str, dict[str, float]]

@@ -1,7 +1,7 @@
 """Append-only logs: a row is one line of JSON, written by one system call.
 
 A process killed at any moment leaves at most one torn last line, which reading skips and the next
-`JsonlWriter` cuts off. Non-finite floats read back as floats (see `cycleqd_jax.runs.files`).
+`JsonlWriter` cuts off. Non-finite floats read back as floats (see `records.files`).
 """
 
 import json
@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from cycleqd_jax.atomic import atomic_file, explain_no_space
-from cycleqd_jax.runs.files import from_json, to_json
+from cycleqd_jax.runs.records.files import from_json, to_json
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from cycleqd_jax.runs.failures import GenerationFailed
-from cycleqd_jax.runs.hosts import HostsError
+from cycleqd_jax.runs.hosts.processes import HostsError
 from cycleqd_jax.sandbox.base import SandboxBroken, SandboxUnavailable
 
 # What a user can mend; anything else is a bug and keeps its traceback.

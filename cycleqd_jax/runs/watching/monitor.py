@@ -12,13 +12,13 @@ import numpy as np
 import rich
 
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
-from cycleqd_jax.runs.curves import plot_curves
-from cycleqd_jax.runs.drawing import Numbers
-from cycleqd_jax.runs.folder import RunFolder
-from cycleqd_jax.runs.jsonl import read_jsonl
-from cycleqd_jax.runs.loggers import Logger, open_loggers, scalars_of
-from cycleqd_jax.runs.pictures import ArchivePicture, plot_archives
-from cycleqd_jax.runs.watch import Watch
+from cycleqd_jax.runs.records.folder import RunFolder
+from cycleqd_jax.runs.records.jsonl import read_jsonl
+from cycleqd_jax.runs.watching.curves import plot_curves
+from cycleqd_jax.runs.watching.drawing import Numbers
+from cycleqd_jax.runs.watching.loggers import Logger, open_loggers, scalars_of
+from cycleqd_jax.runs.watching.pictures import ArchivePicture, plot_archives
+from cycleqd_jax.runs.watching.watch import Watch
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from cycleqd_jax.atomic import explain_no_space
-from cycleqd_jax.runs.files import from_json, read_json, to_json, write_json_atomic
+from cycleqd_jax.runs.records.files import from_json, read_json, to_json, write_json_atomic
 
 FORMAT = 2
 """Of a run folder: raise it when files mean something else than before. A config.json without a

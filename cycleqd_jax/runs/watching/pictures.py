@@ -18,7 +18,15 @@ from matplotlib.ticker import MaxNLocator
 
 from cycleqd_jax.qd.insertion import EMPTY, incumbent_quality
 from cycleqd_jax.qd.repertoire import CyclicRepertoire
-from cycleqd_jax.runs.drawing import INK, STYLE, Numbers, heading, legend, new_figure, save_picture
+from cycleqd_jax.runs.watching.drawing import (
+    INK,
+    STYLE,
+    Numbers,
+    heading,
+    legend,
+    new_figure,
+    save_picture,
+)
 
 _MARKERS = "osD^vPX"
 _EMPTY = "#E4E4E4"

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any, Protocol, runtime_checkable
 
 from cycleqd_jax.atomic import write_text_atomic
-from cycleqd_jax.runs.watch import LoggerName
+from cycleqd_jax.runs.watching.watch import LoggerName
 
 _PACKAGES = {"tensorboard": "tensorboardX", "wandb": "wandb"}
 

@@ -12,19 +12,19 @@ import numpy as np
 from cycleqd_jax.qd.aggregation import aggregate
 from cycleqd_jax.runs.breeding import first_parents, make_emitter
 from cycleqd_jax.runs.config import RunConfig
-from cycleqd_jax.runs.export import Measured, ModelCard, expert_coefficients, export_model
-from cycleqd_jax.runs.files import read_json
-from cycleqd_jax.runs.folder import RunFiles, read_config
-from cycleqd_jax.runs.lineage import Birth, FamilyTree, LineageError, read_births
 from cycleqd_jax.runs.needs import default_mesh
-from cycleqd_jax.runs.parents import check_parents, licence_of
 from cycleqd_jax.runs.rebuild import digests, rebuild
-from cycleqd_jax.runs.team import export_team
+from cycleqd_jax.runs.records.files import read_json
+from cycleqd_jax.runs.records.folder import RunFiles, read_config
+from cycleqd_jax.runs.records.lineage import Birth, FamilyTree, LineageError, read_births
+from cycleqd_jax.runs.records.parents import check_parents, licence_of
+from cycleqd_jax.runs.results.export import Measured, ModelCard, expert_coefficients, export_model
+from cycleqd_jax.runs.results.team import export_team
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sharding import local_mesh
 
 USE_TEAM = """```python
-from cycleqd_jax.runs.team import load_team
+from cycleqd_jax.runs.results.team import load_team
 
 team = load_team("FOLDER")
 params = team.model(team.members[0])  # one member's weights

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cycleqd_jax.runs.hosts import Hosts, HostsError
+from cycleqd_jax.runs.hosts.processes import Hosts, HostsError
 from cycleqd_jax.tasks.base import Problem
 from cycleqd_jax.tasks.played import Rollout, together
 from cycleqd_jax.tasks.transcript import Transcript, Turn

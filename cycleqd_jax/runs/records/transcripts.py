@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import quote
 
-from cycleqd_jax.runs.jsonl import JsonlWriter, read_jsonl
+from cycleqd_jax.runs.records.jsonl import JsonlWriter, read_jsonl
 from cycleqd_jax.tasks.transcript import Transcript
 
 

@@ -114,7 +114,7 @@ def summary(
     seconds: Mapping[str, SupportsFloat],
     standard_errors: Mapping[str, Scores] | None = None,
 ) -> dict[str, Any]:
-    """The content of ``summary.json``; write it with `cycleqd_jax.runs.files.write_json_atomic`.
+    """The content of ``summary.json``; write it with `records.files.write_json_atomic`.
 
     Args:
         tasks: K task names.

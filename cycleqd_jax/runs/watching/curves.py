@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from cycleqd_jax.runs.drawing import (
+from cycleqd_jax.runs.watching.drawing import (
     SOFT,
     STYLE,
     Numbers,

@@ -14,8 +14,8 @@ from cycleqd_jax.atomic import write_text_atomic
 from cycleqd_jax.merging.layout import GainLayout
 from cycleqd_jax.merging.spectral import gain_layout
 from cycleqd_jax.models.convert import save_model
-from cycleqd_jax.runs.intervals import wilson_of_mean
-from cycleqd_jax.runs.report import Scores, with_means
+from cycleqd_jax.runs.results.intervals import wilson_of_mean
+from cycleqd_jax.runs.results.report import Scores, with_means
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Several processes as one run: how they join, divide episodes, and notice who is lost."""

@@ -1,0 +1,1 @@
+"""What evolution left of a model's language: lm-evaluation-harness over the engine."""
