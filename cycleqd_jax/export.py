@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from cycleqd_jax.cache import default_cache
+from cycleqd_jax.runs.console import main_guard
 from cycleqd_jax.runs.results.release import PastRun, release
-from cycleqd_jax.runs.watching.console import main_guard
 
 
 def main() -> None:

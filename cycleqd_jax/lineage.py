@@ -13,10 +13,10 @@ import jax
 from rich.console import Console
 
 from cycleqd_jax.cache import default_cache
+from cycleqd_jax.runs.console import main_guard
 from cycleqd_jax.runs.results.export import expert_coefficients
 from cycleqd_jax.runs.results.pedigree import draw_pedigree
 from cycleqd_jax.runs.results.release import PastRun
-from cycleqd_jax.runs.watching.console import main_guard
 
 
 def main() -> None:

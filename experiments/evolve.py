@@ -9,8 +9,8 @@ overrides it.
 """
 
 from cycleqd_jax.runs.command import parse_command
+from cycleqd_jax.runs.console import main_guard
 from cycleqd_jax.runs.launch import launch
-from cycleqd_jax.runs.watching.console import main_guard
 
 
 def main() -> None:

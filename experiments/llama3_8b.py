@@ -10,8 +10,8 @@ on a machine without the weights plans with the architecture's shapes and checks
 from typing import Any
 
 from cycleqd_jax.runs.command import parse_command
+from cycleqd_jax.runs.console import main_guard
 from cycleqd_jax.runs.launch import launch
-from cycleqd_jax.runs.watching.console import main_guard
 
 SETTINGS: dict[str, Any] = {
     "base": "models/Meta-Llama-3-8B-Instruct",

@@ -16,9 +16,9 @@ import tyro
 from cycleqd_jax.cache import default_cache
 from cycleqd_jax.runs.command import Command
 from cycleqd_jax.runs.compilation import cache_compilations
+from cycleqd_jax.runs.console import main_guard
 from cycleqd_jax.runs.launch import launch
 from cycleqd_jax.runs.quickstart import quickstart_config
-from cycleqd_jax.runs.watching.console import main_guard
 from cycleqd_jax.runs.watching.watch import Watch
 
 

@@ -16,8 +16,8 @@ from rich.console import Console
 from cycleqd_jax.cache import default_cache
 from cycleqd_jax.progress import Progress
 from cycleqd_jax.runs.compilation import cache_compilations
+from cycleqd_jax.runs.console import main_guard, parse_experts
 from cycleqd_jax.runs.records.files import write_json_atomic
-from cycleqd_jax.runs.watching.console import main_guard, parse_experts
 
 
 def main() -> None:

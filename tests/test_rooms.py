@@ -17,6 +17,9 @@ MAY_USE = {
     "runs": {"merging", "qd", "models", "training", "sandbox", "tasks"},
 }
 
+# Inside `runs`: the rooms that know of no other part of a run, or only of these.
+SELF_CONTAINED = {"records": set(), "watching": {"records"}}
+
 
 def _rooms_used(file: Path) -> set[str]:
     used = set()
@@ -43,3 +46,14 @@ def test_imports_go_downwards_only() -> None:
 def test_every_room_is_known() -> None:
     rooms = {path.name for path in ROOT.iterdir() if (path / "__init__.py").exists()}
     assert rooms == set(MAY_USE)
+
+
+def test_rooms_of_a_run_that_stand_alone() -> None:
+    wrong = set()
+    for room, allowed in SELF_CONTAINED.items():
+        for file in (ROOT / "runs" / room).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                path = (getattr(node, "module", None) or "").split(".")
+                if path[:2] == ["cycleqd_jax", "runs"] and path[2] not in {room, *allowed}:
+                    wrong.add(f"{file.relative_to(ROOT)} imports {'.'.join(path)}")
+    assert wrong == set()

@@ -17,6 +17,7 @@ import tyro
 from cycleqd_jax.cache import default_cache
 from cycleqd_jax.qd.presets import PRESETS, Preset
 from cycleqd_jax.runs.config import RunConfig
+from cycleqd_jax.runs.console import parse_experts
 from cycleqd_jax.runs.settings import (
     Setting,
     convert_settings,
@@ -24,7 +25,6 @@ from cycleqd_jax.runs.settings import (
     read_settings,
     settings_of,
 )
-from cycleqd_jax.runs.watching.console import parse_experts
 from cycleqd_jax.runs.watching.watch import Watch
 
 # Flags from before presets could be changed choice by choice.

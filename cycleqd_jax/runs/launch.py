@@ -6,10 +6,10 @@ from rich.console import Console
 
 from cycleqd_jax.runs import compilation
 from cycleqd_jax.runs.command import Command
+from cycleqd_jax.runs.console import reproduce_command
 from cycleqd_jax.runs.hosts.joining import joined_hosts
 from cycleqd_jax.runs.hosts.processes import Hosts
 from cycleqd_jax.runs.preflight import Preflight, findings_table, plan_text
-from cycleqd_jax.runs.watching.console import reproduce_command
 
 
 def launch(command: Command, *, train_seconds: float = 0.0, console: Console | None = None) -> None:

@@ -15,8 +15,8 @@ import yaml
 from docstring_parser import parse as parse_docstring
 
 from cycleqd_jax.qd.presets import DEFAULT, PRESETS, Preset
+from cycleqd_jax.runs.console import parse_experts
 from cycleqd_jax.runs.records.folder import check_format
-from cycleqd_jax.runs.watching.console import parse_experts
 
 
 @dataclasses.dataclass(frozen=True)

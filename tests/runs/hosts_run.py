@@ -16,11 +16,11 @@ from cycleqd_jax.qd.compact import compact
 from cycleqd_jax.runs import driver
 from cycleqd_jax.runs.compilation import cache_compilations
 from cycleqd_jax.runs.config import RunConfig
+from cycleqd_jax.runs.console import main_guard
 from cycleqd_jax.runs.hosts.joining import joined_hosts
 from cycleqd_jax.runs.rebuild import digests
 from cycleqd_jax.runs.records.files import read_json
 from cycleqd_jax.runs.search import Search
-from cycleqd_jax.runs.watching.console import main_guard
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from cycleqd_jax.runs.watching.console import main_guard, parse_experts, reproduce_command
+from cycleqd_jax.runs.console import main_guard, parse_experts, reproduce_command
 
 EXPERIMENTS = Path(__file__).parents[2] / "experiments"
 

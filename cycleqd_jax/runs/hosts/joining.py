@@ -13,6 +13,7 @@ import rich
 from rich.console import Console
 from rich.markup import escape
 
+from cycleqd_jax.runs.console import show_error
 from cycleqd_jax.runs.hosts.lifeline import Doors, Lifeline, knock, linger_on_abort, own_address
 from cycleqd_jax.runs.hosts.processes import (
     ALONE,
@@ -22,7 +23,6 @@ from cycleqd_jax.runs.hosts.processes import (
     Stopped,
     exchange,
 )
-from cycleqd_jax.runs.watching.console import show_error
 
 # JAX's own watch only stands behind the lifeline, which is quicker and says who is lost.
 _HEARTBEAT_SECONDS = 45
