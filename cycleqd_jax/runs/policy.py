@@ -89,5 +89,8 @@ class PopulationPolicy:
             sampling=self._sampling,
             seeds=[request.seed for request in requests] if self._sampling.temperature else None,
         )
-        texts = self._tokenizer.batch_decode(rows, skip_special_tokens=True)
-        return [self._decoder.stops.cut(text) for text in texts]
+        # A population says the same again and again.
+        distinct = list(dict.fromkeys(map(tuple, rows)))
+        texts = self._tokenizer.batch_decode(distinct, skip_special_tokens=True)
+        text_of = dict(zip(distinct, map(self._decoder.stops.cut, texts), strict=True))
+        return [text_of[tuple(row)] for row in rows]

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Literal, Protocol, runtime_checkable
 
@@ -69,9 +70,7 @@ class Job:
     def __post_init__(self) -> None:
         if self.kind not in ("python", "bash"):
             raise ValueError(f'Job.kind: expected "python" or "bash", found {self.kind!r}')
-        for path in self.files:
-            _check_path(path)
-        _check_tree(self.files)
+        _check_files(tuple(self.files))
 
 
 @dataclass(frozen=True)
@@ -149,6 +148,14 @@ def submit(sandbox: Sandbox, jobs: Sequence[Job]) -> list[Future[Outcome]]:
     if jobs:
         threading.Thread(target=run, name="sandbox-batch", daemon=True).start()
     return futures
+
+
+@lru_cache(maxsize=4096)
+def _check_files(paths: tuple[str, ...]) -> None:
+    """Kept: every candidate meets the same tree, and looking at it took longer than all else."""
+    for path in paths:
+        _check_path(path)
+    _check_tree(paths)
 
 
 def _check_path(path: str) -> None:
