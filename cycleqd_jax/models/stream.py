@@ -1,7 +1,7 @@
 """Continuous decoding: a live batch that rows enter and leave at any time."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ from cycleqd_jax.models.programs import STEPS, Programs, Prompts, Rows, prefill_
 from cycleqd_jax.models.sampling import Sampling
 from cycleqd_jax.models.schedule import (
     SlotTable,
+    block_bucket,
     bucket,
     prompt_bucket,
     round_up,
@@ -200,8 +201,9 @@ class Stream:
         if fresh:
             self._places = [None] * len(chosen)
         blocks = self._blocks(chosen, len(shared))
+        round_width = prompt_bucket if len(blocks) == 1 else block_bucket
         # All are under way before the host looks at what came of the first.
-        entered = [self._place(chosen[block], target[block], shared) for block in blocks]
+        entered = [self._place(chosen[b], target[b], shared, round_width) for b in blocks]
         finished = []
         for block, (first_tokens, done) in zip(blocks, map(jax.device_get, entered), strict=True):
             for i, place in enumerate(target[block]):
@@ -222,18 +224,22 @@ class Stream:
         pieces = prefill_pieces(len(requests), prompt_bucket(lengths[0]))
         size = len(requests) // min(pieces, _MOST_BLOCKS)
         starts = range(0, len(lengths), size)
-        if len({prompt_bucket(lengths[start]) for start in starts}) == 1:
+        if len({block_bucket(lengths[start]) for start in starts}) == 1:
             return whole
         return [slice(start, start + size) for start in starts]
 
     def _place(
-        self, requests: Sequence[Request | None], target: Sequence[int], shared: tuple[int, ...]
+        self,
+        requests: Sequence[Request | None],
+        target: Sequence[int],
+        shared: tuple[int, ...],
+        round_width: Callable[[int], int],
     ) -> tuple[Array, Array]:
         """Prefill a block of rows and put them into their places, -1 where there is no row.
 
         Returns the first tokens and whether they are the last ones, both (rows,).
         """
-        first_tokens, entering, block = self._prefill(requests, shared)
+        first_tokens, entering, block = self._prefill(requests, shared, round_width)
         needed = slot_bucket(block.slots + STEPS)
         size = len(self._places)
         if self._state is None:
@@ -257,12 +263,15 @@ class Stream:
         return first_tokens, entering.done
 
     def _prefill(
-        self, requests: Sequence[Request | None], shared: tuple[int, ...]
+        self,
+        requests: Sequence[Request | None],
+        shared: tuple[int, ...],
+        round_width: Callable[[int], int],
     ) -> tuple[Any, Rows, KVCache]:
         size, before = len(requests), len(shared)
         real = [request for request in requests if request is not None]
         longest = max(len(request.prompt) for request in real) - before
-        width = min(prompt_bucket(longest), self._limit - before)
+        width = min(round_width(longest), self._limit - before)
         prompts = Prompts(
             tokens=np.full((size, width), self._pad, np.int32),
             lengths=np.ones(size, np.int32),
