@@ -10,6 +10,7 @@ import numpy as np
 _SMALLEST_BATCH = 4
 _HALF_STEPS_FROM = 64
 _PROMPT_UNIT = 16
+_BLOCK_UNIT = 8
 _SLOT_UNIT = 32
 _PREFIX_UNIT = 32
 # Prompts nest: chat template, then system prompt, then examples. Deeper trees are cut here.
@@ -39,6 +40,11 @@ def bucket(count: int, buckets: Sequence[int]) -> int:
 def prompt_bucket(length: int) -> int:
     """Width of a prefill: steps of 16, of a quarter of a power of two from 128 on."""
     return round_up(length, _step(length, _PROMPT_UNIT))
+
+
+def block_bucket(length: int) -> int:
+    """Width of a block that is cut from a large prefill: half the steps up to 32 tokens."""
+    return round_up(length, _BLOCK_UNIT) if length <= 2 * _PROMPT_UNIT else prompt_bucket(length)
 
 
 def slot_bucket(slots: int) -> int:

@@ -1,18 +1,21 @@
 """Continuous decoding: a live batch that rows enter and leave at any time."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
+from jaxtyping import Array
 
 from cycleqd_jax.models import kernels
 from cycleqd_jax.models.cache import KVCache
-from cycleqd_jax.models.programs import STEPS, Programs, Prompts, Rows
+from cycleqd_jax.models.programs import STEPS, Programs, Prompts, Rows, prefill_pieces
 from cycleqd_jax.models.sampling import Sampling
 from cycleqd_jax.models.schedule import (
     SlotTable,
+    block_bucket,
     bucket,
     prompt_bucket,
     round_up,
@@ -27,6 +30,8 @@ from cycleqd_jax.models.stops import StopStrings
 _SMALLEST_REPACK = 16
 # Rows enter when this share of the batch is free: a prefill of few rows stops all others.
 _ENTERING_SHARE = 4
+# Into how many blocks of their own widths rows that enter are cut at most.
+_MOST_BLOCKS = 4
 
 
 @dataclass
@@ -190,41 +195,83 @@ class Stream:
             # Rows that enter together have their prefix in common, or have none.
             while queue and len(taken) < min(size, len(free)) and queue[0].prefix == shared:
                 taken.append(queue.popleft())
+            taken.sort(key=lambda request: -len(request.prompt))
             chosen += [*taken, *[None] * (size - len(taken))]
             target += [*free[: len(taken)], *[-1] * (size - len(taken))]
-        first_tokens, entering, block = self._prefill(chosen, shared)
-        needed = slot_bucket(block.slots + STEPS)
         if fresh:
-            # The block becomes the batch: its rows stand in their places already.
             self._places = [None] * len(chosen)
-            target = [i if row is not None else -1 for i, row in enumerate(chosen)]
-            self._table = SlotTable(len(chosen), block.slots)
+        blocks = self._blocks(chosen, len(shared))
+        round_width = prompt_bucket if len(blocks) == 1 else block_bucket
+        # All are under way before the host looks at what came of the first.
+        entered = [self._place(chosen[b], target[b], shared, round_width) for b in blocks]
+        finished = []
+        for block, (first_tokens, done) in zip(blocks, map(jax.device_get, entered), strict=True):
+            for i, place in enumerate(target[block]):
+                if place >= 0:
+                    finished += self._extend(place, first_tokens[i : i + 1], bool(done[i]))
+        return finished
+
+    def _blocks(self, requests: Sequence[Request | None], before: int) -> list[slice]:
+        """Equal parts of the rows that enter, longest first, each prefilled in its own width.
+
+        One part where that is all the same: of few tokens, of equal widths. One part too where the
+        rows are in groups or on several devices: parts would have to be cut from each of them.
+        """
+        whole = [slice(0, len(requests))]
+        if self._groups > 1 or self._parts > 1:
+            return whole
+        lengths = [len(request.prompt) - before for request in requests if request is not None]
+        pieces = prefill_pieces(len(requests), prompt_bucket(lengths[0]))
+        size = len(requests) // min(pieces, _MOST_BLOCKS)
+        starts = range(0, len(lengths), size)
+        if len({block_bucket(lengths[start]) for start in starts}) == 1:
+            return whole
+        return [slice(start, start + size) for start in starts]
+
+    def _place(
+        self,
+        requests: Sequence[Request | None],
+        target: Sequence[int],
+        shared: tuple[int, ...],
+        round_width: Callable[[int], int],
+    ) -> tuple[Array, Array]:
+        """Prefill a block of rows and put them into their places, -1 where there is no row.
+
+        Returns the first tokens and whether they are the last ones, both (rows,).
+        """
+        first_tokens, entering, block = self._prefill(requests, shared, round_width)
+        needed = slot_bucket(block.slots + STEPS)
+        size = len(self._places)
+        if self._state is None:
+            # The block begins the batch: its rows stand in the first places, in all if there are no
+            # other blocks. Copies of its first row, which are not live, fill the batch up.
+            self._table = SlotTable(len(requests), block.slots)
             self._state, self._cache = entering, block
-            self._repack(np.arange(len(chosen)), needed)
+            order = np.arange(size)
+            self._repack(np.where(order < len(requests), order, 0), needed)
         else:
             if needed > self._table.slots:
-                self._repack(np.arange(len(self._places)), needed)
-            index = np.array([p if p >= 0 else len(self._places) for p in target], np.int32)
+                self._repack(np.arange(size), needed)
+            index = np.array([p if p >= 0 else size for p in target], np.int32)
             self._state, self._cache = self._programs.insert(
                 self._state, self._cache, entering, block, index
             )
-        finished = []
-        done, first_tokens = np.asarray(entering.done), np.asarray(first_tokens)
-        for i, (request, place) in enumerate(zip(chosen, target, strict=True)):
-            if request is None:
-                continue
-            self._places[place] = request
-            self._table.enter([place], block.slots)
-            finished += self._extend(place, first_tokens[i : i + 1], bool(done[i]))
-        return finished
+        for request, place in zip(requests, target, strict=True):
+            if request is not None:
+                self._places[place] = request
+                self._table.enter([place], block.slots)
+        return first_tokens, entering.done
 
     def _prefill(
-        self, requests: Sequence[Request | None], shared: tuple[int, ...]
+        self,
+        requests: Sequence[Request | None],
+        shared: tuple[int, ...],
+        round_width: Callable[[int], int],
     ) -> tuple[Any, Rows, KVCache]:
         size, before = len(requests), len(shared)
         real = [request for request in requests if request is not None]
         longest = max(len(request.prompt) for request in real) - before
-        width = min(prompt_bucket(longest), self._limit - before)
+        width = min(round_width(longest), self._limit - before)
         prompts = Prompts(
             tokens=np.full((size, width), self._pad, np.int32),
             lengths=np.ones(size, np.int32),

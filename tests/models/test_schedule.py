@@ -3,6 +3,7 @@ import pytest
 
 from cycleqd_jax.models.schedule import (
     SlotTable,
+    block_bucket,
     bucket,
     prefix_bucket,
     prompt_bucket,
@@ -37,6 +38,12 @@ def test_buckets_are_few_and_close(round_up: object) -> None:
     assert all(size <= 1.25 * length + 32 for length, size in enumerate(found, 1))
     assert len(set(found)) < 35
     assert found == sorted(found)
+
+
+def test_blocks_have_half_steps_where_prompts_are_short() -> None:
+    lengths = (1, 8, 9, 17, 24, 25, 33, 49, 129)
+    assert [block_bucket(n) for n in lengths] == [8, 8, 16, 24, 24, 32, 48, 64, 160]
+    assert all(n <= block_bucket(n) <= prompt_bucket(n) for n in range(1, 4096))
 
 
 def test_a_prefix_is_rounded_down() -> None:

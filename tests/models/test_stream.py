@@ -80,6 +80,35 @@ def test_slots_are_used_again(engine: Decoder) -> None:
     assert most <= 64
 
 
+def test_long_and_short_rows_are_prefilled_apart(
+    engine: Decoder, make_params: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 64 rows of at most 30 tokens would fill 2048: two blocks, none as wide as all need.
+    questions = [[5, 6, 7 + i] for i in range(32)] + [q * 10 for q in ([5, 6, 7], [8, 9, 4]) * 16]
+    wide = Decoder(
+        make_params(CONFIG, scale=3.0),
+        CONFIG,
+        stop_tokens=[1, 2, 3],
+        pad_token=0,
+        max_new_tokens=24,
+        max_rows=64,
+        workers=1,
+    )
+    shapes: list[tuple[int, ...]] = []
+    enter = wide._programs.enter
+
+    def watched(weights: Any, entering: Any, *rest: Any) -> Any:
+        shapes.append(entering.tokens.shape)
+        return enter(weights, entering, *rest)
+
+    monkeypatch.setattr(wide._programs, "enter", watched)
+    stream = wide.open()
+    tickets = stream.submit(questions)
+    found = drain(stream)
+    assert shapes == [(32, 32), (32, 8)]
+    assert [found[ticket] for ticket in tickets] == engine.decode(questions)
+
+
 def test_tickets_are_distinct(engine: Decoder) -> None:
     stream = engine.open()
     tickets = stream.submit(prompts(3)) + stream.submit(prompts(3))
