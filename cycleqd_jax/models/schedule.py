@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 _SMALLEST_BATCH = 4
-_HALF_STEPS_FROM = 64
+_HALF_STEPS_FROM = 32
 _PROMPT_UNIT = 16
 _BLOCK_UNIT = 8
 _SLOT_UNIT = 32
