@@ -72,7 +72,7 @@ class Outcome:
         test: mean score of the best model on the test split.
         error: its standard error, the problems being drawn.
         seconds: of the search.
-        memo: jobs answered from memory, jobs run.
+        memo: jobs answered from memory, jobs run; nothing of a run that went on after a break.
     """
 
     problems: list[int]
@@ -123,7 +123,7 @@ def play(config: RunConfig, out: Path, cache: Path) -> Outcome:
     """One run, or the rest of it: the search, the choice of the best, its test."""
     files, measured = RunFiles(out), out / "measured.json"
     if not measured.exists():
-        started = time.perf_counter()
+        started, whole = time.perf_counter(), not files.metrics_file.exists()
         with RunFolder.open(out, config.to_json()) as folder:
             workspace = open_workspace(config, cache)
             limits = sandbox_limits(workspace.tasks)
@@ -155,7 +155,7 @@ def play(config: RunConfig, out: Path, cache: Path) -> Outcome:
                 "test": sum(means) / len(means),
                 "error": variance**0.5 / len(scores),
                 "seconds": seconds,
-                "memo": memo,
+                "memo": memo if whole else (0, 0),
             },
         )
     rest = read_json(measured)
@@ -175,7 +175,8 @@ def play(config: RunConfig, out: Path, cache: Path) -> Outcome:
 def table(outcomes: Mapping[str, Mapping[int, Outcome]]) -> list[Row]:
     """A row an arm: the median over the seeds of the problems to full evaluation's QD score."""
     full = outcomes["full"]
-    rows = [memoised(list(full.values()))]
+    whole = [run for run in full.values() if sum(run.memo)]
+    rows = [memoised(whole)] if whole else []
     for arm, runs in outcomes.items():
         if arm == "full":
             continue
