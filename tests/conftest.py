@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from importlib.metadata import version
@@ -63,33 +64,42 @@ def on_eight_devices() -> Callable[[str], str]:
 
 
 @pytest.fixture
-def nothing_left() -> Callable[[], AbstractContextManager[None]]:
-    """A context that leaves no descriptor, mount or name of this computer behind."""
+def nothing_left() -> Callable[..., AbstractContextManager[None]]:
+    """``nothing_left(seconds=0)``: it leaves no descriptor, mount or name of this computer behind.
+
+    ``seconds`` is how long what is over may take to go. What was open before may go meanwhile; what
+    is new may not stay in its place.
+    """
     return _nothing_left
 
 
 @contextmanager
-def _nothing_left() -> Iterator[None]:
+def _nothing_left(seconds: float = 0.0) -> Iterator[None]:
     gc.collect()
-    descriptors, rest = _descriptors(), (_mounts(), os.uname())
+    before, rest = _descriptors(), (_mounts(), os.uname())
     yield
-    # Threads and the kernel take away what is over a moment later; of what was open before, some
-    # may go meanwhile.
-    deadline = time.monotonic() + 5
-    while time.monotonic() < deadline:
-        gc.collect()
-        if _descriptors() <= descriptors and (_mounts(), os.uname()) == rest:
-            break
+    deadline = time.monotonic() + seconds
+    gc.collect()
+    while (new := _descriptors() - before) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert (_mounts(), os.uname()) == rest
-    assert _descriptors() <= descriptors
+    assert new == Counter()
+    while (now := (_mounts(), os.uname())) != rest and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert now == rest
 
 
-def _descriptors() -> int:
-    return len(os.listdir("/proc/self/fd"))
+def _descriptors() -> Counter[str]:
+    """What is open, and how often: a file's path, a socket's or pipe's number."""
+    found: Counter[str] = Counter()
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            found[os.readlink(f"/proc/self/fd/{number}")] += 1
+        except FileNotFoundError:  # that of the listing itself
+            continue
+    return found
 
 
 def _mounts() -> list[str]:
-    """Without those of the small file systems of other tests, which come and go."""
+    """Without the small file systems of other tests (`small_disk`), which come and go."""
     lines = Path("/proc/self/mountinfo").read_text().splitlines()
-    return [line for line in lines if "/pytest-of-" not in line]
+    return [line for line in lines if not ("/pytest-of-" in line and "/disk rw" in line)]

@@ -152,7 +152,7 @@ def submit(sandbox: Sandbox, jobs: Sequence[Job]) -> list[Future[Outcome]]:
 
 @lru_cache(maxsize=4096)
 def _check_files(paths: tuple[str, ...]) -> None:
-    """Kept: every candidate meets the same tree, and looking at it took longer than all else."""
+    """Kept: every candidate meets the same trees."""
     for path in paths:
         _check_path(path)
     _check_tree(paths)

@@ -69,7 +69,7 @@ def untouched(nothing_left):
 
     @contextmanager
     def both():
-        with nothing_left(), _untouched():
+        with nothing_left(seconds=5), _untouched():
             yield
 
     return both

@@ -154,28 +154,26 @@ def command_lines() -> bytes:
 
 @pytest.mark.slow
 def test_greedy_commands_end_within_their_limits(
-    strict: Machines, nothing_left: Callable[[], AbstractContextManager[None]]
+    strict: Machines, nothing_left: Callable[..., AbstractContextManager[None]]
 ) -> None:
     with nothing_left():
-        greedy_commands_end(strict)
-
-
-def greedy_commands_end(strict: Machines) -> None:
-    bystander = subprocess.Popen(["sleep", "600"])
-    try:
-        with ThreadPoolExecutor(4) as threads:
-            ended = threads.map(lambda a: attempt(strict, a[0], patience(a[1])), GREEDY.values())
-            results = dict(zip(GREEDY, ended, strict=True))
-        assert bystander.poll() is None
-    finally:
-        bystander.kill()
-        bystander.wait()
-    wrong = {n: results[n] for n, (_, ends) in GREEDY.items() if results[n][0] not in ends}
-    assert wrong == {}
-    slow = {n: results[n] for n, (_, e) in GREEDY.items() if results[n][2] > patience(e) + 4.0}
-    assert slow == {}
-    assert all(len(output) <= 256 << 10 for _, output, _ in results.values())
-    assert attempt(strict, "echo fine", 20.0)[:2] == ("done", "fine\n")
+        bystander = subprocess.Popen(["sleep", "600"])
+        try:
+            with ThreadPoolExecutor(4) as threads:
+                ended = threads.map(
+                    lambda a: attempt(strict, a[0], patience(a[1])), GREEDY.values()
+                )
+                results = dict(zip(GREEDY, ended, strict=True))
+            assert bystander.poll() is None
+        finally:
+            bystander.kill()
+            bystander.wait()
+        wrong = {n: results[n] for n, (_, ends) in GREEDY.items() if results[n][0] not in ends}
+        assert wrong == {}
+        slow = {n: results[n] for n, (_, e) in GREEDY.items() if results[n][2] > patience(e) + 4.0}
+        assert slow == {}
+        assert all(len(output) <= 256 << 10 for _, output, _ in results.values())
+        assert attempt(strict, "echo fine", 20.0)[:2] == ("done", "fine\n")
 
 
 def test_some_greedy_commands_end_within_their_limits(strict: Machines) -> None:
@@ -188,7 +186,7 @@ def test_some_greedy_commands_end_within_their_limits(strict: Machines) -> None:
 
 
 def test_forbidden_acts_fail(
-    strict: Machines, tmp_path: Path, nothing_left: Callable[[], AbstractContextManager[None]]
+    strict: Machines, tmp_path: Path, nothing_left: Callable[..., AbstractContextManager[None]]
 ) -> None:
     (tmp_path / "secret").write_text("secret")
     commands = {

@@ -9,6 +9,7 @@ UNITS = ["Byte", "B", *(unit for unit in POWERS if unit not in ("Byte", "B"))]
 
 
 def size(text):
+    """Bytes of an answer such as "20 KB"; raises ValueError where the original does."""
     text = text.strip()
     for unit in UNITS:
         if text.endswith(unit):

@@ -2,6 +2,7 @@ import sys
 
 
 def normal(text):
+    """Line ends as one kind, and none around."""
     return text.replace("\r\n", "\n").replace("\r", "\n").strip()
 
 
