@@ -7,6 +7,7 @@ import pytest
 
 from cycleqd_jax.sandbox import Sandbox
 from cycleqd_jax.tasks.base import Call, Request
+from cycleqd_jax.tasks.dbbench import mysql
 from cycleqd_jax.tasks.dbbench.errors import OutOfLimits
 from cycleqd_jax.tasks.dbbench.mysql import MySQLBackend, ServerGone
 from cycleqd_jax.tasks.dbbench.prompt import write_operation
@@ -120,3 +121,20 @@ def test_a_server_that_is_gone_ends_the_run_and_is_no_reply(
     backend._address = address
     session.close()
     backend.close()
+
+
+def test_a_database_that_is_still_held_is_dropped_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = pytest.importorskip("pymysql")
+    held = iter([driver.err.OperationalError(1205, "lock"), driver.err.OperationalError(2013, "")])
+    dropped: list[str] = []
+    pauses: list[float] = []
+
+    def drop(self: MySQLBackend, name: str) -> None:
+        if (error := next(held, None)) is not None:
+            raise error
+        dropped.append(name)
+
+    monkeypatch.setattr(MySQLBackend, "_drop", drop)
+    monkeypatch.setattr(mysql.time, "sleep", pauses.append)
+    MySQLBackend.__new__(MySQLBackend)._drop_at_last("dbbench0")
+    assert (dropped, len(pauses)) == (["dbbench0"], 2)
