@@ -18,10 +18,11 @@ from cycleqd_jax.models import kernels
 from cycleqd_jax.models.cache import unstack_layers
 from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.programs import Placement, Programs
+from cycleqd_jax.models.requests import check_requests
 from cycleqd_jax.models.sampling import Sampling
 from cycleqd_jax.models.specs import LlamaParams
 from cycleqd_jax.models.stops import StopStrings
-from cycleqd_jax.models.stream import Stream, check_requests
+from cycleqd_jax.models.stream import Stream
 
 # Processor time of rows over that of building each candidate, at width 128 with 96 prompts per
 # candidate: 0.9 at a share of 0.27, 1.4 at 1.1, 2.6 at 4.3. The threshold lies between; it was not
@@ -30,6 +31,8 @@ _ROWS_PER_CANDIDATE = 16
 _DEAR_SPECTRAL_SHARE = 0.4
 # A second worker pays from two batches of this many rows on.
 _ROWS_PER_WORKER = 32
+
+_KEPT_BATCHES = 4
 
 MAX_ROWS = 256
 """Rows of the largest batch, of one device."""
@@ -212,7 +215,7 @@ class Decoder:
 
     def open(self, params: LlamaParams | None = None, *, sampling: Sampling = GREEDY) -> Stream:
         """A live batch to which prompts are submitted at any time, on the calling thread."""
-        return self._stream(self._weights(params), sampling)
+        return self._stream(self._weights(params), sampling, kept_batches=_KEPT_BATCHES)
 
     def _weights(self, params: LlamaParams | None) -> LlamaParams:
         weights = self._params if params is None else unstack_layers(params)
@@ -226,6 +229,7 @@ class Decoder:
         sampling: Sampling,
         max_new_tokens: int | None = None,
         stops: StopStrings | None = None,
+        kept_batches: int = 0,
     ) -> Stream:
         return Stream(
             self._programs,
@@ -236,6 +240,7 @@ class Decoder:
             max_rows=self._max_rows,
             sampling=sampling,
             stops=self.stops if stops is None else stops,
+            kept_batches=kept_batches,
         )
 
     def _plan(

@@ -17,7 +17,14 @@ from jax import lax
 from jaxtyping import Array
 
 from cycleqd_jax.models import kernels
-from cycleqd_jax.models.cache import KVCache, decode_step, insert_rows, prefill, reshape_cache
+from cycleqd_jax.models.cache import (
+    KVCache,
+    decode_step,
+    insert_rows,
+    prefill,
+    reshape_cache,
+    rows_so_far,
+)
 from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.llama import rope_tables
 from cycleqd_jax.models.sampling import Cuts, choose
@@ -50,6 +57,7 @@ class Prompts(flax.struct.PyTreeNode):
     """Rows that enter: `tokens` (batch, time), the rest (batch,), all int32.
 
     `lengths` counts the tokens after the prefix, `prefix` names each row's row of the prefix cache.
+    `before` counts the tokens of a row that continues a text (`Programs.resume`), else it is None.
     """
 
     tokens: Any
@@ -58,6 +66,7 @@ class Prompts(flax.struct.PyTreeNode):
     candidate: Any
     seed: Any
     prefix: Any
+    before: Any = None
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,7 @@ class Programs:
         self.traces = 0
         self.prefix = self._program(self._prefix)
         self.enter = self._program(self._enter)
+        self.resume = self._program(self._resume, static_argnums=4)
         self.chunk = self._program(self._chunk, donate_argnums=2)
         self.insert = self._program(self._insert, donate_argnums=(0, 1))
         self.repack = self._program(self._repack, static_argnums=3)
@@ -153,6 +163,25 @@ class Programs:
         self, weights: LlamaParams, prompts: Prompts, prefix: KVCache | None, cuts: Cuts | None
     ) -> tuple[Array, Rows, KVCache]:
         """The first token of every row, the state and the cache after its prompt."""
+        return self._read(weights, prompts, prefix, cuts)
+
+    def _resume(
+        self, weights: LlamaParams, prompts: Prompts, past: KVCache, cuts: Cuts | None, slots: int
+    ) -> tuple[Array, Rows, KVCache]:
+        """The same for rows that go on after the first `before` tokens of a row of `past` each.
+
+        These tokens take `slots` slots.
+        """
+        return self._read(weights, prompts, past, cuts, slots)
+
+    def _read(
+        self,
+        weights: LlamaParams,
+        prompts: Prompts,
+        prefix: KVCache | None,
+        cuts: Cuts | None,
+        slots: int | None = None,
+    ) -> tuple[Array, Rows, KVCache]:
         batch, width = prompts.tokens.shape
         prompts = self._put(prompts)
         parts = 1 if batch % self.parts else self.parts
@@ -160,10 +189,14 @@ class Programs:
 
         def piece(part: Prompts) -> tuple[Array, KVCache]:
             before = None
-            if prefix is not None:
+            if slots is not None:
+                before = rows_so_far(prefix, part.prefix, part.before, slots)
+            elif prefix is not None:
                 before = jax.tree.map(lambda leaf: leaf[part.prefix], prefix)
             chosen, rows = _blocks(weights, part.candidate)
-            return prefill(chosen, self._config, part.tokens, part.lengths, rows, before)
+            return prefill(
+                chosen, self._config, part.tokens, part.lengths, rows, before, part.before
+            )
 
         # Pieces that fit the processor's cache: activations of a whole batch would not. Each has
         # rows of every part of the batch, so that no device waits.
@@ -177,7 +210,9 @@ class Programs:
 
         logits, cache = jax.tree.map(join, lax.map(piece, jax.tree.map(cut, prompts)))
         cache = self._put(cache)
-        before = 0 if prefix is None else prefix.slots
+        before = prompts.before
+        if before is None:
+            before = 0 if prefix is None else prefix.slots
         state = Rows(
             token=jnp.zeros_like(prompts.lengths),
             position=before + prompts.lengths - 1,

@@ -2,7 +2,6 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -11,7 +10,9 @@ from jaxtyping import Array
 
 from cycleqd_jax.models import kernels
 from cycleqd_jax.models.cache import KVCache
+from cycleqd_jax.models.pasts import Past, Pasts
 from cycleqd_jax.models.programs import STEPS, Programs, Prompts, Rows, prefill_pieces
+from cycleqd_jax.models.requests import Answer, Request, check_requests
 from cycleqd_jax.models.sampling import Sampling
 from cycleqd_jax.models.schedule import (
     SlotTable,
@@ -34,32 +35,6 @@ _ENTERING_SHARE = 4
 _MOST_BLOCKS = 4
 
 
-@dataclass
-class Request:
-    """One text to generate: what it needs, and what there is so far."""
-
-    ticket: int
-    prompt: tuple[int, ...]
-    candidate: int
-    seed: int
-    left: int
-    shared: int
-    text: list[int] = field(default_factory=list)
-
-    @property
-    def prefix(self) -> tuple[int, ...]:
-        """The first tokens that are shared with others."""
-        return self.prompt[: self.shared]
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A finished text: the ticket that `Stream.submit` gave, and the token ids."""
-
-    ticket: int
-    tokens: list[int]
-
-
 class Stream:
     """Rows are submitted at any time; `step` decodes some tokens and returns what is finished.
 
@@ -80,6 +55,7 @@ class Stream:
         max_rows: int,
         sampling: Sampling,
         stops: StopStrings,
+        kept_batches: int = 0,
     ) -> None:
         self._programs = programs
         self._weights = weights
@@ -100,6 +76,7 @@ class Stream:
         self._table = SlotTable(0, 0)
         self._state: Rows | None = None
         self._cache: KVCache | None = None
+        self._pasts = Pasts(kept_batches)
         self._tickets = 0
 
     @property
@@ -113,16 +90,25 @@ class Stream:
         prompts: Sequence[Sequence[int]],
         candidates: Sequence[int] | None = None,
         seeds: Sequence[int] | None = None,
+        after: Sequence[int | None] | None = None,
     ) -> list[int]:
         """Add texts to be generated and return their tickets.
 
         `candidates` gives the candidate of every prompt (default 0), `seeds` its seed (default 0),
         which together with the prompt decides a sampled text. What many of the prompts begin with
-        is prefilled once per candidate. Raises ValueError as `Decoder.decode` does.
+        is prefilled once per candidate. `after` names the finished text of the same candidate that
+        a prompt begins with, by its ticket, None for none: the tokens that both have in common are
+        not read again, if they are still there. Such rows enter first. Raises ValueError as
+        `Decoder.decode` does.
         """
         check_requests(self._weights, self._limit, prompts, candidates, seeds)
         numbers = [0] * len(prompts) if candidates is None else list(candidates)
-        shared = shared_prefixes(prompts, numbers)
+        pasts = [None] * len(prompts) if after is None else [self._past(t) for t in after]
+        fresh = [i for i, past in enumerate(pasts) if past is None]
+        shared = [0] * len(prompts)
+        of_fresh = shared_prefixes([prompts[i] for i in fresh], [numbers[i] for i in fresh])
+        for i, length in zip(fresh, of_fresh, strict=True):
+            shared[i] = length
         tickets = list(range(self._tickets, self._tickets + len(prompts)))
         self._tickets += len(prompts)
         requests = [
@@ -133,14 +119,26 @@ class Stream:
                 seed=0 if seeds is None else seeds[i],
                 left=min(self._max_new, self._limit - len(prompt)),
                 shared=shared[i],
+                past=pasts[i],
             )
             for i, (prompt, candidate) in enumerate(zip(prompts, numbers, strict=True))
         ]
-        for request in sorted(requests, key=lambda request: request.prefix):
+        for request in sorted(requests, key=lambda request: request.prompt[: request.shared]):
             if request.shared:
-                self._prefixes.setdefault(request.prefix, _Prefix()).add(request.candidate)
-            self._waiting[request.candidate if self._groups > 1 else 0].append(request)
+                prefix = request.prompt[: request.shared]
+                self._prefixes.setdefault(prefix, _Prefix()).add(request.candidate)
+            queue = self._waiting[request.candidate if self._groups > 1 else 0]
+            if request.past is None:
+                queue.append(request)
+            else:
+                queue.appendleft(request)
         return tickets
+
+    def _past(self, ticket: int | None) -> Past | None:
+        past = None if ticket is None else self._pasts.get(ticket)
+        if past is not None:
+            past.awaited = True
+        return past
 
     def step(self) -> list[Answer]:
         """Let waiting rows enter, decode up to `STEPS` tokens, and return the finished texts."""
@@ -157,11 +155,12 @@ class Stream:
         wanted = bucket(live + waiting, self._buckets)
         if not live:
             # Nothing has to be kept: the next rows begin a batch of their own.
+            self._pasts.leave(self._cache)
             self._places, self._state, self._cache = [], None, None
             return self._enter(wanted) if waiting else []
         smallest = round_up(max(1, _SMALLEST_REPACK // self._groups), self._parts)
-        if (waiting and wanted > size) or (not waiting and max(wanted, smallest) < size):
-            size = max(wanted, min(size, smallest))
+        if (fitting := max(wanted, min(size, smallest))) != size:
+            size = fitting
             self._resize(size)
         entering = round_up(max(1, size // _ENTERING_SHARE), self._parts)
         finished: list[Answer] = []
@@ -187,23 +186,31 @@ class Stream:
         places = size if fresh else len(self._places) // self._groups
         chosen: list[Request | None] = []
         target: list[int] = []
-        shared = next(queue[0] for queue in self._waiting if queue).prefix
+        together: list[tuple[list[Request], list[int]]] = []
+        source = next(queue[0] for queue in self._waiting if queue).source
         for group, queue in enumerate(self._waiting):
             first = group * places
             free = [p for p in range(first, first + places) if fresh or self._places[p] is None]
+            free.sort(key=self._pasts.worth)
             taken: list[Request] = []
-            # Rows that enter together have their prefix in common, or have none.
-            while queue and len(taken) < min(size, len(free)) and queue[0].prefix == shared:
+            # What rows that enter together begin with is in the same place, or nowhere.
+            while queue and len(taken) < min(size, len(free)) and queue[0].source == source:
                 taken.append(queue.popleft())
             taken.sort(key=lambda request: -len(request.prompt))
+            together.append((taken, free))
+        # Rows that read little are not filled up with many that read nothing.
+        resumed = together[0][0][0].past is not None
+        if resumed and not fresh:
+            size = min(size, bucket(max(len(taken) for taken, _ in together), self._buckets))
+        for taken, free in together:
             chosen += [*taken, *[None] * (size - len(taken))]
             target += [*free[: len(taken)], *[-1] * (size - len(taken))]
         if fresh:
             self._places = [None] * len(chosen)
-        blocks = self._blocks(chosen, len(shared))
-        round_width = prompt_bucket if len(blocks) == 1 else block_bucket
+        blocks = [slice(None)] if resumed else self._blocks(chosen)
+        round_width = block_bucket if resumed or len(blocks) > 1 else prompt_bucket
         # All are under way before the host looks at what came of the first.
-        entered = [self._place(chosen[b], target[b], shared, round_width) for b in blocks]
+        entered = [self._place(chosen[b], target[b], round_width) for b in blocks]
         finished = []
         for block, (first_tokens, done) in zip(blocks, map(jax.device_get, entered), strict=True):
             for i, place in enumerate(target[block]):
@@ -211,7 +218,7 @@ class Stream:
                     finished += self._extend(place, first_tokens[i : i + 1], bool(done[i]))
         return finished
 
-    def _blocks(self, requests: Sequence[Request | None], before: int) -> list[slice]:
+    def _blocks(self, requests: Sequence[Request | None]) -> list[slice]:
         """Equal parts of the rows that enter, longest first, each prefilled in its own width.
 
         One part where that is all the same: of few tokens, of equal widths. One part too where the
@@ -220,7 +227,7 @@ class Stream:
         whole = [slice(0, len(requests))]
         if self._groups > 1 or self._parts > 1:
             return whole
-        lengths = [len(request.prompt) - before for request in requests if request is not None]
+        lengths = [len(r.prompt) - r.before for r in requests if r is not None]
         pieces = prefill_pieces(len(requests), prompt_bucket(lengths[0]))
         size = len(requests) // min(pieces, _MOST_BLOCKS)
         starts = range(0, len(lengths), size)
@@ -232,14 +239,13 @@ class Stream:
         self,
         requests: Sequence[Request | None],
         target: Sequence[int],
-        shared: tuple[int, ...],
         round_width: Callable[[int], int],
     ) -> tuple[Array, Array]:
         """Prefill a block of rows and put them into their places, -1 where there is no row.
 
         Returns the first tokens and whether they are the last ones, both (rows,).
         """
-        first_tokens, entering, block = self._prefill(requests, shared, round_width)
+        first_tokens, entering, block = self._prefill(requests, round_width)
         needed = slot_bucket(block.slots + STEPS)
         size = len(self._places)
         if self._state is None:
@@ -258,48 +264,62 @@ class Stream:
             )
         for request, place in zip(requests, target, strict=True):
             if request is not None:
+                self._pasts.take(place)
                 self._places[place] = request
                 self._table.enter([place], block.slots)
         return first_tokens, entering.done
 
     def _prefill(
-        self,
-        requests: Sequence[Request | None],
-        shared: tuple[int, ...],
-        round_width: Callable[[int], int],
+        self, requests: Sequence[Request | None], round_width: Callable[[int], int]
     ) -> tuple[Any, Rows, KVCache]:
-        size, before = len(requests), len(shared)
+        """Read what is new of a block of rows, all of one source."""
         real = [request for request in requests if request is not None]
-        longest = max(len(request.prompt) for request in real) - before
-        width = min(round_width(longest), self._limit - before)
+        size, source, before = len(requests), real[0].source, real[0].before
+        width = round_width(max(len(request.prompt) - request.before for request in real))
         prompts = Prompts(
-            tokens=np.full((size, width), self._pad, np.int32),
+            tokens=np.full((size, min(width, self._limit - before)), self._pad, np.int32),
             lengths=np.ones(size, np.int32),
             left=np.zeros(size, np.int32),
             candidate=np.zeros(size, np.int32),
             seed=np.zeros(size, np.int32),
             prefix=np.zeros(size, np.int32),
         )
-        prefix = self._prefixes.get(shared)
         for row, request in enumerate(requests):
             if request is None:
                 continue
-            own = request.prompt[before:]
+            own = request.prompt[request.before :]
             prompts.tokens[row, : len(own)] = own
             prompts.lengths[row] = len(own)
             prompts.left[row] = request.left
             prompts.candidate[row] = request.candidate
             prompts.seed[row] = request.seed
+        if any(r.past is not None for r in real):
+            return self._resume(requests, prompts)
         cache = None
+        prefix = self._prefixes.get(source)
         if prefix is not None:
-            cache = self._prefix_cache(prefix, shared)
+            cache = self._prefix_cache(prefix, source)
             for row, request in enumerate(requests):
                 if request is not None:
                     prompts.prefix[row] = prefix.row_of[request.candidate]
             prefix.waiting -= len(real)
             if not prefix.waiting:
-                del self._prefixes[shared]
+                del self._prefixes[source]
         return self._programs.enter(self._weights, prompts, cache, self._cuts)
+
+    def _resume(
+        self, requests: Sequence[Request | None], prompts: Prompts
+    ) -> tuple[Any, Rows, KVCache]:
+        """Read on where the pasts of the rows end, all in one cache."""
+        before = np.zeros(len(requests), np.int32)
+        cache = self._cache
+        for row, request in enumerate(requests):
+            if request is not None and request.past is not None:
+                prompts.prefix[row], before[row] = request.past.row, request.before
+                cache = request.past.cache or self._cache
+        slots = prompt_bucket(int(before.max()))
+        prompts = prompts.replace(before=before)
+        return self._programs.resume(self._weights, prompts, cache, self._cuts, slots)
 
     def _prefix_cache(self, prefix: "_Prefix", shared: tuple[int, ...]) -> KVCache:
         """The prefix in every candidate that asks for it, computed when the first row enters."""
@@ -318,8 +338,10 @@ class Stream:
         """One chunk for the batch."""
         free = self._table.free()
         if len(free) < STEPS:
-            keep = np.arange(len(self._places))
-            self._repack(keep, slot_bucket(self._table.slots - len(free) + STEPS))
+            # The old cache is left to those that rest in it.
+            self._table.used[self._pasts.leave(self._cache)] = False
+            slots = slot_bucket(self._table.slots - len(self._table.free()) + STEPS)
+            self._repack(np.arange(len(self._places)), max(slots, self._table.slots))
             free = self._table.free()
         slots = free[:STEPS].astype(np.int32)
         live = np.array([request is not None for request in self._places])
@@ -345,11 +367,14 @@ class Stream:
         elif not done:
             return []
         self._places[place] = None
-        self._table.used[place] = False
+        # The last token was chosen, but it was not read.
+        if not self._pasts.rest(request.ticket, (*request.prompt, *request.text[:-1]), place):
+            self._table.used[place] = False
         return [Answer(request.ticket, request.text)]
 
     def _resize(self, size: int) -> None:
         """Give every group `size` places; the live rows move together, unused slots are dropped."""
+        self._pasts.leave(self._cache)
         keep: list[int] = []
         places: list[Request | None] = []
         for live in self._live():
@@ -383,38 +408,3 @@ class _Prefix:
         if candidate not in self.candidates:
             self.candidates.add(candidate)
             self.cache = None
-
-
-def check_requests(
-    weights: LlamaParams,
-    limit: int,
-    prompts: Sequence[Sequence[int]],
-    candidates: Sequence[int] | None,
-    seeds: Sequence[int] | None,
-) -> None:
-    """Raise ValueError for prompts, candidates or seeds that cannot be decoded."""
-    for i, prompt in enumerate(prompts):
-        if not 0 < len(prompt) < limit:
-            raise ValueError(
-                f"prompt {i}: expected 1 to {limit - 1} tokens, since max_positions is "
-                f"{limit}, found {len(prompt)}"
-            )
-    if seeds is not None:
-        if len(seeds) != len(prompts):
-            raise ValueError(f"expected one seed per prompt ({len(prompts)}), found {len(seeds)}")
-        for i, seed in enumerate(seeds):
-            if not 0 <= seed < 1 << 31:
-                raise ValueError(f"prompt {i}: expected a seed in [0, 2^31), found {seed}")
-    population = kernels.num_candidates(weights)
-    if population is None:
-        if candidates is None:
-            return
-        population = 1
-    if candidates is None or len(candidates) != len(prompts):
-        found = "none" if candidates is None else str(len(candidates))
-        raise ValueError(f"expected one candidate per prompt ({len(prompts)}), found {found}")
-    for i, candidate in enumerate(candidates):
-        if not 0 <= candidate < population:
-            raise ValueError(
-                f"prompt {i}: expected a candidate in [0, {population}), found {candidate}"
-            )
