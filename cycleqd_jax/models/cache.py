@@ -83,27 +83,18 @@ def prefill(
     lengths: Int[Array, " batch"],
     rows: Int[Array, " batch"] | None,
     prefix: KVCache | None = None,
-    before: Int[Array, " batch"] | None = None,
 ) -> tuple[Float[Array, "batch vocab"], KVCache]:
     """Logits after each row's last token, and a cache with exactly the slots of the prompts.
 
     `params` has unstacked layers; `tokens` is padded on the right to the common length. With a
-    `prefix`, a cache of `batch` rows, the tokens are those after it and the result holds both:
-    `before` counts each row's tokens in it, None says that it has no empty slots.
+    `prefix`, a cache of `batch` rows without empty slots, the tokens are those after it and the
+    result holds both.
     """
+    before = 0 if prefix is None else prefix.slots
     index = jnp.arange(tokens.shape[1])
-    start = 0 if prefix is None else prefix.slots
-    stop = start + tokens.shape[1]
-    if before is None:
-        at = start + index
-        rope = rope_range(config, start, stop)
-        mask = visible(config, at[:, None], jnp.arange(stop))
-    else:
-        at = before[:, None] + index
-        rope = jax.tree.map(lambda table: table[at], rope_range(config, 0, stop))
-        there = jnp.concatenate([prefix.positions, at], axis=1)
-        mask = (there != EMPTY)[:, None] & visible(config, at[:, :, None], there[:, None])
-        mask = mask[:, None, None]
+    at = before + index
+    rope = rope_range(config, before, before + tokens.shape[1])
+    mask = visible(config, at[:, None], jnp.arange(before + tokens.shape[1]))
     positions = jnp.where(index < lengths[:, None], at, EMPTY)
     x = kernels.embed(tokens, params.embed, rows)
     last = (lengths - 1)[:, None, None]
@@ -171,26 +162,6 @@ def reshape_cache(cache: KVCache, keep: Int[Array, " kept"], slots: int) -> KVCa
         keys=tuple(pick(leaf, 3) for leaf in cache.keys),
         values=tuple(pick(leaf, 2) for leaf in cache.values),
         positions=pick(cache.positions, 1, EMPTY),
-    )
-
-
-def rows_so_far(
-    cache: KVCache, rows: Int[Array, " picked"], tokens: Int[Array, " picked"], slots: int
-) -> KVCache:
-    """The first `tokens` of each of the `rows`, moved to the first of `slots` slots."""
-    positions = cache.positions[rows]
-    wanted = jnp.arange(slots)
-    # Where each position is; a row holds every position below its `tokens` once.
-    found = jnp.argmax(positions[:, None] == wanted[:, None], axis=-1)
-
-    def pick(leaf: Array, axis: int) -> Array:
-        index = found.reshape(found.shape[0], *(slots if i == axis else 1 for i in (1, 2, 3)))
-        return jnp.take_along_axis(leaf[rows], index, axis=axis)
-
-    return KVCache(
-        keys=tuple(pick(leaf, 3) for leaf in cache.keys),
-        values=tuple(pick(leaf, 2) for leaf in cache.values),
-        positions=jnp.where(wanted < tokens[:, None], wanted, EMPTY),
     )
 
 

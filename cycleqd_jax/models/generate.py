@@ -1,15 +1,13 @@
 """Decoding of many prompts of many candidates, each row with its own candidate's weights.
 
-The prompts of a call are dealt to streams (`stream.Stream`), one batch each: one per worker where
-rows of all candidates share batches, one per candidate where the candidates' weights are built.
+A `talk.Talk` deals prompts to streams (`stream.Stream`): those of one call, or of conversations.
 """
 
 import os
-import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,58 +16,23 @@ from cycleqd_jax.models import kernels
 from cycleqd_jax.models.cache import unstack_layers
 from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.programs import Placement, Programs
-from cycleqd_jax.models.requests import check_requests
 from cycleqd_jax.models.sampling import Sampling
 from cycleqd_jax.models.specs import LlamaParams
 from cycleqd_jax.models.stops import StopStrings
 from cycleqd_jax.models.stream import Stream
+from cycleqd_jax.models.talk import DecodeStats, Talk
 
 # Processor time of rows over that of building each candidate, at width 128 with 96 prompts per
 # candidate: 0.9 at a share of 0.27, 1.4 at 1.1, 2.6 at 4.3. The threshold lies between; it was not
 # measured itself.
 _ROWS_PER_CANDIDATE = 16
 _DEAR_SPECTRAL_SHARE = 0.4
-# A second worker pays from two batches of this many rows on.
-_ROWS_PER_WORKER = 32
-
-_KEPT_BATCHES = 4
 
 MAX_ROWS = 256
 """Rows of the largest batch, of one device."""
 
 MODES = ("auto", "rows", "candidates")
 GREEDY = Sampling()
-
-
-@dataclass(frozen=True)
-class _Job:
-    """Prompts that are decoded in one stream, with the candidate to build or None."""
-
-    candidate: int | None
-    rows: list[int]
-
-
-@dataclass(frozen=True)
-class DecodeStats:
-    """What decoding did: prompts and tokens counted without padding, seconds of wall time."""
-
-    prompts: int = 0
-    prefill_tokens: int = 0
-    generated_tokens: int = 0
-    seconds: float = 0.0
-
-    def __add__(self, other: "DecodeStats") -> "DecodeStats":
-        return DecodeStats(
-            self.prompts + other.prompts,
-            self.prefill_tokens + other.prefill_tokens,
-            self.generated_tokens + other.generated_tokens,
-            self.seconds + other.seconds,
-        )
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Generated tokens per second, prefill time included."""
-        return self.generated_tokens / self.seconds if self.seconds else 0.0
 
 
 class Decoder:
@@ -170,52 +133,89 @@ class Decoder:
         constructor) hold kernels of a population; None, or zeros, with plain weights. `seeds` are
         the prompts' own, in [0, 2^31); a sampled answer follows from prompt, weights, `sampling`
         and seed. `max_new_tokens` and `stops` take the place of the constructor's for this call and
-        compile nothing. `on_finished` is called, from any thread but once at a time, with the
-        number of prompts done since its last call. Raises ValueError for an empty prompt, one that
+        compile nothing. `on_finished` is called with the number of prompts done since its last
+        call. Raises ValueError for an empty prompt, one that
         leaves no room for a token, candidates that do not exist, and less than one new token.
+        """
+        answers: list[list[int]] = [[] for _ in prompts]
+        heard: SimpleQueue[tuple[int, list[int]] | Exception] = SimpleQueue()
+        left = len(prompts)
+        with self.talk(
+            lambda key, tokens: heard.put((key, tokens)),
+            heard.put,
+            params,
+            sampling=sampling,
+            max_new_tokens=max_new_tokens,
+            stops=stops,
+            keep=False,
+        ) as talk:
+            talk.ask(range(left), prompts, candidates, seeds)
+            while left:
+                batch = [heard.get(), *(heard.get() for _ in range(heard.qsize()))]
+                for answer in batch:
+                    if isinstance(answer, Exception):
+                        raise answer
+                    answers[answer[0]] = answer[1]
+                left -= len(batch)
+                if on_finished is not None:
+                    on_finished(len(batch))
+        return answers
+
+    def talk(
+        self,
+        answered: Callable[[Any, list[int]], None],
+        failed: Callable[[Exception], None],
+        params: LlamaParams | None = None,
+        *,
+        sampling: Sampling = GREEDY,
+        max_new_tokens: int | None = None,
+        stops: StopStrings | None = None,
+        keep: bool = True,
+    ) -> Talk:
+        """Conversations with candidates, whose next texts are asked for at any time.
+
+        Answers are those of `decode`, given to `answered` as soon as they are known; what a
+        conversation said and was told before is not read again, if it goes on soon. Without `keep`
+        no places of a batch are kept for that.
         """
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(
                 f"Decoder: expected max_new_tokens of at least 1, got {max_new_tokens}"
             )
         weights = self._weights(params)
-        check_requests(weights, self.config.max_positions, prompts, candidates, seeds)
-        start = time.perf_counter()
-        answers: list[list[int]] = [[] for _ in prompts]
-        lock = threading.Lock()
 
-        def play(job: _Job) -> None:
-            chosen, numbers = weights, candidates
-            if job.candidate is not None:
-                chosen, numbers = self._programs.build(weights, jnp.int32(job.candidate)), None
-            stream = self._stream(chosen, sampling, max_new_tokens, stops)
-            tickets = stream.submit(
-                [prompts[i] for i in job.rows],
-                None if numbers is None else [numbers[i] for i in job.rows],
-                None if seeds is None else [seeds[i] for i in job.rows],
-            )
-            row_of = dict(zip(tickets, job.rows, strict=True))
-            while stream.pending:
-                finished = stream.step()
-                for answer in finished:
-                    answers[row_of[answer.ticket]] = answer.tokens
-                if finished and on_finished is not None:
-                    with lock:
-                        on_finished(len(finished))
+        def open_stream(candidate: int | None) -> Stream:
+            chosen = weights
+            if candidate is not None:
+                chosen = self._programs.build(weights, jnp.int32(candidate))
+            return self._stream(chosen, sampling, max_new_tokens, stops, keep=keep)
 
-        with ThreadPoolExecutor(self._workers) as pool:
-            list(pool.map(play, self._plan(prompts, candidates, weights)))
-        self.stats += DecodeStats(
-            prompts=len(prompts),
-            prefill_tokens=sum(map(len, prompts)),
-            generated_tokens=sum(map(len, answers)),
-            seconds=time.perf_counter() - start,
+        return Talk(
+            weights,
+            self.config.max_positions,
+            choose=partial(self._builds, weights),
+            open_stream=open_stream,
+            workers=1 if kernels.is_stacked(weights) else self._workers,
+            answered=answered,
+            failed=failed,
+            closed=self._count,
         )
-        return answers
 
-    def open(self, params: LlamaParams | None = None, *, sampling: Sampling = GREEDY) -> Stream:
-        """A live batch to which prompts are submitted at any time, on the calling thread."""
-        return self._stream(self._weights(params), sampling, kept_batches=_KEPT_BATCHES)
+    def _count(self, stats: DecodeStats) -> None:
+        self.stats += stats
+
+    def open(
+        self,
+        params: LlamaParams | None = None,
+        *,
+        sampling: Sampling = GREEDY,
+        keep: bool = False,
+    ) -> Stream:
+        """A live batch to which prompts are submitted at any time, on the calling thread.
+
+        With `keep` a text may go on from one that has just ended (`Stream.submit`).
+        """
+        return self._stream(self._weights(params), sampling, keep=keep)
 
     def _weights(self, params: LlamaParams | None) -> LlamaParams:
         weights = self._params if params is None else unstack_layers(params)
@@ -229,7 +229,8 @@ class Decoder:
         sampling: Sampling,
         max_new_tokens: int | None = None,
         stops: StopStrings | None = None,
-        kept_batches: int = 0,
+        *,
+        keep: bool,
     ) -> Stream:
         return Stream(
             self._programs,
@@ -240,31 +241,25 @@ class Decoder:
             max_rows=self._max_rows,
             sampling=sampling,
             stops=self.stops if stops is None else stops,
-            kept_batches=kept_batches,
+            keep=keep,
         )
 
-    def _plan(
+    def _builds(
         self,
+        weights: LlamaParams,
         prompts: Sequence[Sequence[int]],
         candidates: Sequence[int] | None,
-        weights: LlamaParams,
-    ) -> list[_Job]:
-        """Deal the prompts to streams, short ones first."""
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-        present = sorted(set(candidates or ()))
-        mode = self._mode
-        if mode == "auto":
-            enough = len(prompts) >= _ROWS_PER_CANDIDATE * len(present)
-            dear = kernels.spectral_share(weights) > _DEAR_SPECTRAL_SHARE
-            build = jax.default_backend() == "cpu" and enough and dear
-            mode = "candidates" if build else "rows"
-        if kernels.is_stacked(weights):
-            return [_Job(None, order)]
-        if candidates is None or kernels.num_candidates(weights) is None or mode == "rows":
-            # Which row goes where is decided here and not by the threads: a run can be repeated.
-            count = max(1, min(self._workers, len(prompts) // _ROWS_PER_WORKER))
-            return [_Job(None, order[first::count]) for first in range(count)]
-        return [_Job(c, [i for i in order if candidates[i] == c]) for c in present]
+    ) -> bool:
+        """Whether the candidates of these prompts are built one after the other."""
+        if candidates is None or kernels.num_candidates(weights) is None:
+            return False
+        if kernels.is_stacked(weights) or self._mode == "rows":
+            return False
+        if self._mode == "candidates":
+            return True
+        enough = len(prompts) >= _ROWS_PER_CANDIDATE * len(set(candidates))
+        dear = kernels.spectral_share(weights) > _DEAR_SPECTRAL_SHARE
+        return jax.default_backend() == "cpu" and enough and dear
 
 
 def _cores() -> int:

@@ -18,12 +18,12 @@ from jaxtyping import Array
 
 from cycleqd_jax.models import kernels
 from cycleqd_jax.models.cache import (
+    EMPTY,
     KVCache,
     decode_step,
     insert_rows,
     prefill,
     reshape_cache,
-    rows_so_far,
 )
 from cycleqd_jax.models.config import LlamaConfig
 from cycleqd_jax.models.llama import rope_tables
@@ -57,7 +57,6 @@ class Prompts(flax.struct.PyTreeNode):
     """Rows that enter: `tokens` (batch, time), the rest (batch,), all int32.
 
     `lengths` counts the tokens after the prefix, `prefix` names each row's row of the prefix cache.
-    `before` counts the tokens of a row that continues a text (`Programs.resume`), else it is None.
     """
 
     tokens: Any
@@ -66,7 +65,21 @@ class Prompts(flax.struct.PyTreeNode):
     candidate: Any
     seed: Any
     prefix: Any
-    before: Any = None
+
+
+class Resumed(flax.struct.PyTreeNode):
+    """Rows that go on after a text that ended in their place, arrays (batch,).
+
+    Where `now` is True a row goes on with `token` at `position`; what was there is forgotten. Then
+    come the tokens `forced` (STEPS, batch), -1 where the row speaks itself.
+    """
+
+    now: Any
+    token: Any
+    position: Any
+    left: Any
+    seed: Any
+    forced: Any
 
 
 @dataclass(frozen=True)
@@ -120,7 +133,6 @@ class Programs:
         self.traces = 0
         self.prefix = self._program(self._prefix)
         self.enter = self._program(self._enter)
-        self.resume = self._program(self._resume, static_argnums=4)
         self.chunk = self._program(self._chunk, donate_argnums=2)
         self.insert = self._program(self._insert, donate_argnums=(0, 1))
         self.repack = self._program(self._repack, static_argnums=3)
@@ -163,25 +175,6 @@ class Programs:
         self, weights: LlamaParams, prompts: Prompts, prefix: KVCache | None, cuts: Cuts | None
     ) -> tuple[Array, Rows, KVCache]:
         """The first token of every row, the state and the cache after its prompt."""
-        return self._read(weights, prompts, prefix, cuts)
-
-    def _resume(
-        self, weights: LlamaParams, prompts: Prompts, past: KVCache, cuts: Cuts | None, slots: int
-    ) -> tuple[Array, Rows, KVCache]:
-        """The same for rows that go on after the first `before` tokens of a row of `past` each.
-
-        These tokens take `slots` slots.
-        """
-        return self._read(weights, prompts, past, cuts, slots)
-
-    def _read(
-        self,
-        weights: LlamaParams,
-        prompts: Prompts,
-        prefix: KVCache | None,
-        cuts: Cuts | None,
-        slots: int | None = None,
-    ) -> tuple[Array, Rows, KVCache]:
         batch, width = prompts.tokens.shape
         prompts = self._put(prompts)
         parts = 1 if batch % self.parts else self.parts
@@ -189,14 +182,10 @@ class Programs:
 
         def piece(part: Prompts) -> tuple[Array, KVCache]:
             before = None
-            if slots is not None:
-                before = rows_so_far(prefix, part.prefix, part.before, slots)
-            elif prefix is not None:
+            if prefix is not None:
                 before = jax.tree.map(lambda leaf: leaf[part.prefix], prefix)
             chosen, rows = _blocks(weights, part.candidate)
-            return prefill(
-                chosen, self._config, part.tokens, part.lengths, rows, before, part.before
-            )
+            return prefill(chosen, self._config, part.tokens, part.lengths, rows, before)
 
         # Pieces that fit the processor's cache: activations of a whole batch would not. Each has
         # rows of every part of the batch, so that no device waits.
@@ -210,9 +199,7 @@ class Programs:
 
         logits, cache = jax.tree.map(join, lax.map(piece, jax.tree.map(cut, prompts)))
         cache = self._put(cache)
-        before = prompts.before
-        if before is None:
-            before = 0 if prefix is None else prefix.slots
+        before = 0 if prefix is None else prefix.slots
         state = Rows(
             token=jnp.zeros_like(prompts.lengths),
             position=before + prompts.lengths - 1,
@@ -233,11 +220,15 @@ class Programs:
         live: Array,
         slots: Array,
         cuts: Cuts | None,
+        resumed: Resumed | None = None,
     ) -> tuple[Array, Rows, KVCache]:
         """Up to `STEPS` tokens for every row that is `live`, written to `slots` (STEPS,).
 
-        Stops early when all rows are done. The tokens are (STEPS, batch), -1 in rows that are done.
+        Stops early when all rows are done. The tokens are (STEPS, batch), -1 in rows that are done
+        and for those that were forced.
         """
+        if resumed is not None:
+            state, cache = _resume(state, cache, resumed)
         state = state.replace(done=state.done | ~live)
         weights = kernels.per_row(weights, state.candidate)
         out = jnp.full((STEPS, state.token.shape[0]), -1, jnp.int32)
@@ -250,7 +241,8 @@ class Programs:
             logits, cache = decode_step(
                 weights, self._config, state.token, state.position, rope, cache, slots[i]
             )
-            emitted, state = self._emit(logits, state, cuts)
+            forced = None if resumed is None else resumed.forced[i]
+            emitted, state = self._emit(logits, state, cuts, forced)
             return i + 1, out.at[i].set(emitted), state, cache
 
         def unfinished(carry: tuple[Array, Array, Rows, KVCache]) -> Array:
@@ -259,19 +251,25 @@ class Programs:
         _, out, state, cache = lax.while_loop(unfinished, step, (jnp.int32(0), out, state, cache))
         return out, state, cache
 
-    def _emit(self, logits: Array, state: Rows, cuts: Cuts | None) -> tuple[Array, Rows]:
-        """Choose the next token of every row; -1 in place of stop tokens and in finished rows."""
+    def _emit(
+        self, logits: Array, state: Rows, cuts: Cuts | None, forced: Array | None = None
+    ) -> tuple[Array, Rows]:
+        """Choose the next token of every row; -1 in place of stop tokens and in finished rows.
+
+        Where `forced` has a token, that one is next: the row has not spoken.
+        """
         token = choose(logits, cuts, state.seed, state.count)
-        stopped = state.done | self._is_stop[token]
-        left = state.left - 1
+        speaks = jnp.ones_like(state.done) if forced is None else forced < 0
+        stopped = state.done | (speaks & self._is_stop[token])
+        left = state.left - speaks
         state = state.replace(
-            token=token,
+            token=token if forced is None else jnp.where(speaks, token, forced),
             position=state.position + 1,
             left=left,
-            count=state.count + 1,
+            count=state.count + speaks,
             done=stopped | (left <= 0),
         )
-        return jnp.where(stopped, -1, token), state
+        return jnp.where(stopped | ~speaks, -1, token), state
 
     def _insert(
         self, state: Rows, cache: KVCache, entering: Rows, block: KVCache, places: Array
@@ -284,6 +282,20 @@ class Programs:
         """The batch of the rows `keep`, with `slots` slots."""
         state = jax.tree.map(lambda leaf: leaf[keep], state)
         return self._put(state), self._put(reshape_cache(cache, keep, slots))
+
+
+def _resume(state: Rows, cache: KVCache, resumed: Resumed) -> tuple[Rows, KVCache]:
+    now = resumed.now
+    state = state.replace(
+        token=jnp.where(now, resumed.token, state.token),
+        position=jnp.where(now, resumed.position, state.position),
+        left=jnp.where(now, resumed.left, state.left),
+        count=jnp.where(now, 0, state.count),
+        done=state.done & ~now,
+        seed=jnp.where(now, resumed.seed, state.seed),
+    )
+    gone = now[:, None] & (cache.positions >= resumed.position[:, None])
+    return state, cache.replace(positions=jnp.where(gone, EMPTY, cache.positions))
 
 
 def _blocks(weights: LlamaParams, rows: Array) -> tuple[LlamaParams, Array | None]:

@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from cycleqd_jax.models import kernels
-from cycleqd_jax.models.pasts import Past
-from cycleqd_jax.models.schedule import block_bucket
 from cycleqd_jax.models.specs import LlamaParams
 
 
 @dataclass
 class Request:
-    """One text to generate: what it needs, and what there is so far."""
+    """One text to generate: what it needs, and what there is so far.
+
+    A text that goes on in its place has tokens that are `unread`: they are fed one by one. It goes
+    on at position `resumes` of its place, None once it does.
+    """
 
     ticket: int
     prompt: tuple[int, ...]
@@ -19,25 +21,14 @@ class Request:
     seed: int
     left: int
     shared: int = 0
-    past: Past | None = None
     text: list[int] = field(default_factory=list)
+    unread: list[int] = field(default_factory=list)
+    resumes: int | None = None
 
     @property
-    def source(self) -> "Source":
-        """Where its first tokens are read already, or are read for several at once."""
-        if self.past is not None and not self.past.lost:
-            return self.past.batch, block_bucket(len(self.prompt) - self.before)
+    def prefix(self) -> tuple[int, ...]:
+        """The first tokens that are shared with others."""
         return self.prompt[: self.shared]
-
-    @property
-    def before(self) -> int:
-        """How many tokens that are."""
-        if self.past is None:
-            return self.shared
-        return 0 if self.past.lost else self.past.common(self.prompt)
-
-
-Source = tuple[int, ...] | tuple[int, int]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from cycleqd_jax.models import kernels
 from cycleqd_jax.models.cache import KVCache
 from cycleqd_jax.models.pasts import Past, Pasts
-from cycleqd_jax.models.programs import STEPS, Programs, Prompts, Rows, prefill_pieces
+from cycleqd_jax.models.programs import STEPS, Programs, Prompts, Resumed, Rows, prefill_pieces
 from cycleqd_jax.models.requests import Answer, Request, check_requests
 from cycleqd_jax.models.sampling import Sampling
 from cycleqd_jax.models.schedule import (
@@ -31,6 +31,8 @@ from cycleqd_jax.models.stops import StopStrings
 _SMALLEST_REPACK = 16
 # Rows enter when this share of the batch is free: a prefill of few rows stops all others.
 _ENTERING_SHARE = 4
+# A token that is fed to a row costs about as much as so many that are prefilled.
+_TOKENS_PER_STEP = 1.5
 # Into how many blocks of their own widths rows that enter are cut at most.
 _MOST_BLOCKS = 4
 
@@ -55,7 +57,7 @@ class Stream:
         max_rows: int,
         sampling: Sampling,
         stops: StopStrings,
-        kept_batches: int = 0,
+        keep: bool = False,
     ) -> None:
         self._programs = programs
         self._weights = weights
@@ -76,7 +78,8 @@ class Stream:
         self._table = SlotTable(0, 0)
         self._state: Rows | None = None
         self._cache: KVCache | None = None
-        self._pasts = Pasts(kept_batches)
+        self._keep = keep
+        self._pasts = Pasts(keep=keep)
         self._tickets = 0
 
     @property
@@ -96,19 +99,13 @@ class Stream:
 
         `candidates` gives the candidate of every prompt (default 0), `seeds` its seed (default 0),
         which together with the prompt decides a sampled text. What many of the prompts begin with
-        is prefilled once per candidate. `after` names the finished text of the same candidate that
-        a prompt begins with, by its ticket, None for none: the tokens that both have in common are
-        not read again, if they are still there. Such rows enter first. Raises ValueError as
+        is prefilled once per candidate. `after` names, by its ticket, the finished text of the same
+        candidate that a prompt goes on from, None for none: in a stream that keeps them, only what
+        is new is read, for some steps after the text has ended. Raises ValueError as
         `Decoder.decode` does.
         """
         check_requests(self._weights, self._limit, prompts, candidates, seeds)
         numbers = [0] * len(prompts) if candidates is None else list(candidates)
-        pasts = [None] * len(prompts) if after is None else [self._past(t) for t in after]
-        fresh = [i for i, past in enumerate(pasts) if past is None]
-        shared = [0] * len(prompts)
-        of_fresh = shared_prefixes([prompts[i] for i in fresh], [numbers[i] for i in fresh])
-        for i, length in zip(fresh, of_fresh, strict=True):
-            shared[i] = length
         tickets = list(range(self._tickets, self._tickets + len(prompts)))
         self._tickets += len(prompts)
         requests = [
@@ -118,30 +115,50 @@ class Stream:
                 candidate=candidate,
                 seed=0 if seeds is None else seeds[i],
                 left=min(self._max_new, self._limit - len(prompt)),
-                shared=shared[i],
-                past=pasts[i],
             )
             for i, (prompt, candidate) in enumerate(zip(prompts, numbers, strict=True))
         ]
-        for request in sorted(requests, key=lambda request: request.prompt[: request.shared]):
+        if after is not None:
+            requests = [
+                r for r, of in zip(requests, after, strict=True) if not self._goes_on(r, of)
+            ]
+        shared = shared_prefixes([r.prompt for r in requests], [r.candidate for r in requests])
+        for request, length in zip(requests, shared, strict=True):
+            request.shared = length
+        for request in sorted(requests, key=lambda request: request.prefix):
             if request.shared:
-                prefix = request.prompt[: request.shared]
-                self._prefixes.setdefault(prefix, _Prefix()).add(request.candidate)
-            queue = self._waiting[request.candidate if self._groups > 1 else 0]
-            if request.past is None:
-                queue.append(request)
-            else:
-                queue.appendleft(request)
+                self._prefixes.setdefault(request.prefix, _Prefix()).add(request.candidate)
+            self._waiting[request.candidate if self._groups > 1 else 0].append(request)
         return tickets
 
-    def _past(self, ticket: int | None) -> Past | None:
-        past = None if ticket is None else self._pasts.get(ticket)
+    def forget(self, ticket: int) -> None:
+        """Nothing goes on from a finished text: its place is free."""
+        past = self._pasts.take(ticket)
         if past is not None:
-            past.awaited = True
-        return past
+            self._table.used[past.place] = False
+
+    def _goes_on(self, request: Request, ticket: int | None) -> bool:
+        """Whether a text takes up the place of the one it follows."""
+        past = self._pasts.take(ticket)
+        if past is None:
+            return False
+        if request.candidate != past.candidate:
+            raise ValueError(
+                f"expected a text to go on with its candidate {past.candidate}, found "
+                f"{request.candidate}"
+            )
+        known = past.common(request.prompt)
+        new = len(request.prompt) - known
+        if new * _TOKENS_PER_STEP > len(request.prompt):
+            self._table.used[past.place] = False
+            return False
+        request.resumes, request.unread = known, list(request.prompt[known:])
+        self._places[past.place] = request
+        return True
 
     def step(self) -> list[Answer]:
         """Let waiting rows enter, decode up to `STEPS` tokens, and return the finished texts."""
+        self._table.used[self._pasts.age()] = False
         finished = self._admit()
         if any(request is not None for request in self._places):
             finished += self._decode()
@@ -151,16 +168,15 @@ class Stream:
         """Fill free places as far as that is worth a prefill, and fit the batch to its rows."""
         waiting = max(map(len, self._waiting))
         size = len(self._places) // self._groups
-        live = max((len(rows) for rows in self._live()), default=0)
-        wanted = bucket(live + waiting, self._buckets)
-        if not live:
+        held = max((len(rows) for rows in self._held()), default=0)
+        wanted = bucket(held + waiting, self._buckets)
+        if not held:
             # Nothing has to be kept: the next rows begin a batch of their own.
-            self._pasts.leave(self._cache)
             self._places, self._state, self._cache = [], None, None
             return self._enter(wanted) if waiting else []
         smallest = round_up(max(1, _SMALLEST_REPACK // self._groups), self._parts)
-        if (fitting := max(wanted, min(size, smallest))) != size:
-            size = fitting
+        if (waiting and wanted > size) or (not waiting and max(wanted, smallest) < size):
+            size = max(wanted, min(size, smallest))
             self._resize(size)
         entering = round_up(max(1, size // _ENTERING_SHARE), self._parts)
         finished: list[Answer] = []
@@ -170,13 +186,17 @@ class Stream:
 
     def _spare(self) -> int:
         """Free places, in the group with the fewest."""
-        return len(self._places) // self._groups - max(map(len, self._live()))
+        return len(self._places) // self._groups - max(map(len, self._held()))
 
-    def _live(self) -> list[list[int]]:
-        """The places of the live rows, per group."""
-        size = len(self._places) // self._groups
+    def _held(self) -> list[list[int]]:
+        """The places of the rows that are live, or may go on, per group."""
+        size, resting = len(self._places) // self._groups, self._pasts.places
         return [
-            [p for p in range(g * size, (g + 1) * size) if self._places[p] is not None]
+            [
+                p
+                for p in range(g * size, (g + 1) * size)
+                if self._places[p] is not None or p in resting
+            ]
             for g in range(self._groups)
         ]
 
@@ -186,31 +206,24 @@ class Stream:
         places = size if fresh else len(self._places) // self._groups
         chosen: list[Request | None] = []
         target: list[int] = []
-        together: list[tuple[list[Request], list[int]]] = []
-        source = next(queue[0] for queue in self._waiting if queue).source
+        shared = next(queue[0] for queue in self._waiting if queue).prefix
+        held = set() if fresh else {place for group in self._held() for place in group}
         for group, queue in enumerate(self._waiting):
             first = group * places
-            free = [p for p in range(first, first + places) if fresh or self._places[p] is None]
-            free.sort(key=self._pasts.worth)
+            free = [p for p in range(first, first + places) if fresh or p not in held]
             taken: list[Request] = []
-            # What rows that enter together begin with is in the same place, or nowhere.
-            while queue and len(taken) < min(size, len(free)) and queue[0].source == source:
+            # Rows that enter together have their prefix in common, or have none.
+            while queue and len(taken) < min(size, len(free)) and queue[0].prefix == shared:
                 taken.append(queue.popleft())
             taken.sort(key=lambda request: -len(request.prompt))
-            together.append((taken, free))
-        # Rows that read little are not filled up with many that read nothing.
-        resumed = together[0][0][0].past is not None
-        if resumed and not fresh:
-            size = min(size, bucket(max(len(taken) for taken, _ in together), self._buckets))
-        for taken, free in together:
             chosen += [*taken, *[None] * (size - len(taken))]
             target += [*free[: len(taken)], *[-1] * (size - len(taken))]
         if fresh:
             self._places = [None] * len(chosen)
-        blocks = [slice(None)] if resumed else self._blocks(chosen)
-        round_width = block_bucket if resumed or len(blocks) > 1 else prompt_bucket
+        blocks = self._blocks(chosen, len(shared))
+        round_width = prompt_bucket if len(blocks) == 1 else block_bucket
         # All are under way before the host looks at what came of the first.
-        entered = [self._place(chosen[b], target[b], round_width) for b in blocks]
+        entered = [self._place(chosen[b], target[b], shared, round_width) for b in blocks]
         finished = []
         for block, (first_tokens, done) in zip(blocks, map(jax.device_get, entered), strict=True):
             for i, place in enumerate(target[block]):
@@ -218,7 +231,7 @@ class Stream:
                     finished += self._extend(place, first_tokens[i : i + 1], bool(done[i]))
         return finished
 
-    def _blocks(self, requests: Sequence[Request | None]) -> list[slice]:
+    def _blocks(self, requests: Sequence[Request | None], before: int) -> list[slice]:
         """Equal parts of the rows that enter, longest first, each prefilled in its own width.
 
         One part where that is all the same: of few tokens, of equal widths. One part too where the
@@ -227,7 +240,7 @@ class Stream:
         whole = [slice(0, len(requests))]
         if self._groups > 1 or self._parts > 1:
             return whole
-        lengths = [len(r.prompt) - r.before for r in requests if r is not None]
+        lengths = [len(request.prompt) - before for request in requests if request is not None]
         pieces = prefill_pieces(len(requests), prompt_bucket(lengths[0]))
         size = len(requests) // min(pieces, _MOST_BLOCKS)
         starts = range(0, len(lengths), size)
@@ -239,13 +252,14 @@ class Stream:
         self,
         requests: Sequence[Request | None],
         target: Sequence[int],
+        shared: tuple[int, ...],
         round_width: Callable[[int], int],
     ) -> tuple[Array, Array]:
         """Prefill a block of rows and put them into their places, -1 where there is no row.
 
         Returns the first tokens and whether they are the last ones, both (rows,).
         """
-        first_tokens, entering, block = self._prefill(requests, round_width)
+        first_tokens, entering, block = self._prefill(requests, shared, round_width)
         needed = slot_bucket(block.slots + STEPS)
         size = len(self._places)
         if self._state is None:
@@ -264,62 +278,48 @@ class Stream:
             )
         for request, place in zip(requests, target, strict=True):
             if request is not None:
-                self._pasts.take(place)
                 self._places[place] = request
                 self._table.enter([place], block.slots)
         return first_tokens, entering.done
 
     def _prefill(
-        self, requests: Sequence[Request | None], round_width: Callable[[int], int]
+        self,
+        requests: Sequence[Request | None],
+        shared: tuple[int, ...],
+        round_width: Callable[[int], int],
     ) -> tuple[Any, Rows, KVCache]:
-        """Read what is new of a block of rows, all of one source."""
+        size, before = len(requests), len(shared)
         real = [request for request in requests if request is not None]
-        size, source, before = len(requests), real[0].source, real[0].before
-        width = round_width(max(len(request.prompt) - request.before for request in real))
+        longest = max(len(request.prompt) for request in real) - before
+        width = min(round_width(longest), self._limit - before)
         prompts = Prompts(
-            tokens=np.full((size, min(width, self._limit - before)), self._pad, np.int32),
+            tokens=np.full((size, width), self._pad, np.int32),
             lengths=np.ones(size, np.int32),
             left=np.zeros(size, np.int32),
             candidate=np.zeros(size, np.int32),
             seed=np.zeros(size, np.int32),
             prefix=np.zeros(size, np.int32),
         )
+        prefix = self._prefixes.get(shared)
         for row, request in enumerate(requests):
             if request is None:
                 continue
-            own = request.prompt[request.before :]
+            own = request.prompt[before:]
             prompts.tokens[row, : len(own)] = own
             prompts.lengths[row] = len(own)
             prompts.left[row] = request.left
             prompts.candidate[row] = request.candidate
             prompts.seed[row] = request.seed
-        if any(r.past is not None for r in real):
-            return self._resume(requests, prompts)
         cache = None
-        prefix = self._prefixes.get(source)
         if prefix is not None:
-            cache = self._prefix_cache(prefix, source)
+            cache = self._prefix_cache(prefix, shared)
             for row, request in enumerate(requests):
                 if request is not None:
                     prompts.prefix[row] = prefix.row_of[request.candidate]
             prefix.waiting -= len(real)
             if not prefix.waiting:
-                del self._prefixes[source]
+                del self._prefixes[shared]
         return self._programs.enter(self._weights, prompts, cache, self._cuts)
-
-    def _resume(
-        self, requests: Sequence[Request | None], prompts: Prompts
-    ) -> tuple[Any, Rows, KVCache]:
-        """Read on where the pasts of the rows end, all in one cache."""
-        before = np.zeros(len(requests), np.int32)
-        cache = self._cache
-        for row, request in enumerate(requests):
-            if request is not None and request.past is not None:
-                prompts.prefix[row], before[row] = request.past.row, request.before
-                cache = request.past.cache or self._cache
-        slots = prompt_bucket(int(before.max()))
-        prompts = prompts.replace(before=before)
-        return self._programs.resume(self._weights, prompts, cache, self._cuts, slots)
 
     def _prefix_cache(self, prefix: "_Prefix", shared: tuple[int, ...]) -> KVCache:
         """The prefix in every candidate that asks for it, computed when the first row enters."""
@@ -338,15 +338,14 @@ class Stream:
         """One chunk for the batch."""
         free = self._table.free()
         if len(free) < STEPS:
-            # The old cache is left to those that rest in it.
-            self._table.used[self._pasts.leave(self._cache)] = False
-            slots = slot_bucket(self._table.slots - len(self._table.free()) + STEPS)
-            self._repack(np.arange(len(self._places)), max(slots, self._table.slots))
+            keep = np.arange(len(self._places))
+            self._repack(keep, slot_bucket(self._table.slots - len(free) + STEPS))
             free = self._table.free()
         slots = free[:STEPS].astype(np.int32)
         live = np.array([request is not None for request in self._places])
+        resumed = self._resumed() if self._keep else None
         out, self._state, self._cache = self._programs.chunk(
-            self._weights, self._state, self._cache, live, slots, self._cuts
+            self._weights, self._state, self._cache, live, slots, self._cuts, resumed
         )
         out, done = np.asarray(out), np.asarray(self._state.done)
         self._table.used[np.flatnonzero(live)[:, None], slots] = True
@@ -354,6 +353,29 @@ class Stream:
         for place in np.flatnonzero(live):
             finished += self._extend(int(place), out[:, place], bool(done[place]))
         return finished
+
+    def _resumed(self) -> Resumed:
+        """The rows that go on, and the next tokens that are fed to them."""
+        size = len(self._places)
+        rows = Resumed(
+            now=np.zeros(size, bool),
+            token=np.zeros(size, np.int32),
+            position=np.zeros(size, np.int32),
+            left=np.zeros(size, np.int32),
+            seed=np.zeros(size, np.int32),
+            forced=np.full((STEPS, size), -1, np.int32),
+        )
+        for place, request in enumerate(self._places):
+            if request is None or not request.unread:
+                continue
+            if request.resumes is not None:
+                rows.now[place] = True
+                rows.token[place], rows.position[place] = request.unread.pop(0), request.resumes
+                rows.left[place], rows.seed[place] = request.left, request.seed
+                request.resumes = None
+            fed, request.unread = request.unread[:STEPS], request.unread[STEPS:]
+            rows.forced[: len(fed), place] = fed
+        return rows
 
     def _extend(self, place: int, tokens: np.ndarray, done: bool) -> list[Answer]:
         """Add tokens to the text in a place; free the place where the text ends."""
@@ -368,23 +390,26 @@ class Stream:
             return []
         self._places[place] = None
         # The last token was chosen, but it was not read.
-        if not self._pasts.rest(request.ticket, (*request.prompt, *request.text[:-1]), place):
+        past = Past(request.candidate, (*request.prompt, *request.text[:-1]), place)
+        if not self._pasts.rest(request.ticket, past):
             self._table.used[place] = False
         return [Answer(request.ticket, request.text)]
 
     def _resize(self, size: int) -> None:
-        """Give every group `size` places; the live rows move together, unused slots are dropped."""
-        self._pasts.leave(self._cache)
+        """Give every group `size` places; rows that are held move together, unused slots go."""
         keep: list[int] = []
         places: list[Request | None] = []
-        for live in self._live():
-            spare = size - len(live)
+        moved: dict[int, int] = {}
+        for held in self._held():
+            moved |= {place: len(keep) + i for i, place in enumerate(held)}
+            spare = size - len(held)
             # Copies of some row fill the group up; they are not live.
-            keep += [*live, *[0] * spare]
-            places += [*[self._places[p] for p in live], *[None] * spare]
+            keep += [*held, *[0] * spare]
+            places += [*[self._places[p] for p in held], *[None] * spare]
         self._places = places
+        self._pasts.move(moved)
         self._repack(np.array(keep), slot_bucket(self._table.end + STEPS))
-        self._table.used[[request is None for request in places]] = False
+        self._table.used[sorted(set(range(len(places))) - set(moved.values()))] = False
 
     def _repack(self, keep: np.ndarray, slots: int) -> None:
         self._table.reshape(keep, slots)

@@ -1,12 +1,13 @@
 """The library's own engine as a task's policy: conversations in, text of many candidates out."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from cycleqd_jax.models.cache import unstack_layers
 from cycleqd_jax.models.generate import GREEDY, Decoder
 from cycleqd_jax.models.sampling import Sampling
+from cycleqd_jax.models.talk import Talk
 from cycleqd_jax.tasks.base import Message, Request
 
 # Conversations kept in rendered form: first turns recur, later ones are mostly met once.
@@ -48,7 +49,7 @@ class Conversations:
 
 
 class PopulationPolicy:
-    """Answers requests with a decoder whose weights hold a whole population.
+    """Speaks with a decoder whose weights hold a whole population (`tasks.base.Speaker`).
 
     Args:
         decoder: decodes rows of many candidates in one batch.
@@ -80,17 +81,49 @@ class PopulationPolicy:
         finally:
             self._params = None
 
-    def __call__(self, requests: Sequence[Request]) -> list[str]:
-        """Answer every request, in order."""
-        rows = self._decoder.decode(
-            self._conversations.render(requests),
-            [request.candidate for request in requests] if self._population else None,
-            params=self._params,
-            sampling=self._sampling,
-            seeds=[request.seed for request in requests] if self._sampling.temperature else None,
+    def converse(
+        self, heard: Callable[[Any, Any], None], failed: Callable[[Exception], None]
+    ) -> "Spoken":
+        """Begin to speak with the weights that are in use; see `Speaker`."""
+        return Spoken(
+            self._decoder.talk(heard, failed, self._params, sampling=self._sampling),
+            self._conversations,
+            self._say,
+            candidates=self._population,
+            seeds=self._sampling.temperature > 0.0,
         )
+
+    def _say(self, answers: Sequence[Sequence[int]]) -> list[str]:
         # A population says the same again and again.
-        distinct = list(dict.fromkeys(map(tuple, rows)))
+        distinct = list(dict.fromkeys(map(tuple, answers)))
         texts = self._tokenizer.batch_decode(distinct, skip_special_tokens=True)
         text_of = dict(zip(distinct, map(self._decoder.stops.cut, texts), strict=True))
-        return [text_of[tuple(row)] for row in rows]
+        return [text_of[tuple(row)] for row in answers]
+
+
+class Spoken:
+    """The conversations of a rollout with one population (`tasks.base.Conversation`)."""
+
+    def __init__(
+        self,
+        talk: Talk,
+        conversations: Conversations,
+        say: Callable[[Sequence[Sequence[int]]], list[str]],
+        *,
+        candidates: bool,
+        seeds: bool,
+    ) -> None:
+        self._talk = talk
+        self._conversations = conversations
+        self._candidates, self._seeds = candidates, seeds
+        self.texts = say
+        self.end, self.close = talk.end, talk.close
+
+    def ask(self, who: Sequence[Any], requests: Sequence[Request]) -> None:
+        """Ask for the next messages of episodes."""
+        self._talk.ask(
+            who,
+            self._conversations.render(requests),
+            [request.candidate for request in requests] if self._candidates else None,
+            [request.seed for request in requests] if self._seeds else None,
+        )

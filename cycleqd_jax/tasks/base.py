@@ -59,6 +59,38 @@ class Policy(Protocol):
         """Answer every request, in order."""
 
 
+class Conversation(Protocol):
+    """What a `Speaker` opens; episodes are named by the caller."""
+
+    def ask(self, who: Sequence[Any], requests: Sequence[Request]) -> None:
+        """Ask for the next messages; returns at once."""
+
+    def texts(self, heard: Sequence[Any]) -> list[str]:
+        """The messages that were heard, as text."""
+
+    def end(self, who: Any) -> None:
+        """An episode will ask for nothing more."""
+
+    def close(self) -> None:
+        """Nothing is heard any more."""
+
+
+@runtime_checkable
+class Speaker(Protocol):
+    """A policy that answers each request as soon as it can, and takes up what it said before."""
+
+    def converse(
+        self, heard: Callable[[Any, Any], None], failed: Callable[[Exception], None]
+    ) -> Conversation:
+        """Begin to speak.
+
+        Args:
+            heard: is given an episode and a form of its message that only `Conversation.texts` can
+                read, from any thread.
+            failed: is given what makes further messages impossible.
+        """
+
+
 class ServiceGone(ConnectionError):  # noqa: N818 (a state of the service, not a bug)
     """A service that all episodes of a task need is lost: no problem's fault, so the run ends."""
 

@@ -1,4 +1,4 @@
-"""What episodes wait for, done in the background: programs in the sandbox, calls in threads."""
+"""What episodes wait for, done in the background: programs, calls, and a model that converses."""
 
 import math
 import threading
@@ -12,7 +12,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Generic, TypeVar
 
 from cycleqd_jax.sandbox.base import Outcome, Sandbox, submit
-from cycleqd_jax.tasks.base import Call, Run
+from cycleqd_jax.tasks.base import Ask, Call, Run
 
 # Calls wait for a service rather than compute: many more of them than processors.
 CALLERS = 64
@@ -26,19 +26,19 @@ W = TypeVar("W")
 
 @dataclass(frozen=True)
 class Finished(Generic[W]):
-    """A step of an environment that has ended.
+    """A step that has ended.
 
     Attributes:
         who: what was given with the step.
         step: the step.
-        answer: the program's `Outcome`, or what the function returned.
+        answer: the program's `Outcome`, what the function returned, or what the model said.
         error: raised instead; a `TimeoutError` where a call took more than its own seconds.
         seconds: the time the step took itself, without its wait for a turn.
         late: it took more than it was allowed; a call that did has no answer.
     """
 
     who: W
-    step: Run | Call
+    step: Run | Call | Ask
     answer: Any
     error: Exception | None
     seconds: float
@@ -68,7 +68,7 @@ class Environments(Generic[W]):
     def __init__(self, sandbox: Sandbox, callers: int = CALLERS) -> None:
         self._sandbox = sandbox
         self._callers = callers
-        self._ended: SimpleQueue[Finished[W]] = SimpleQueue()
+        self._ended: SimpleQueue[Finished[W] | Exception] = SimpleQueue()
         self._lock = threading.Lock()  # of what follows: threads take their next call themselves
         self._queue: deque[tuple[Started[W], Call]] = deque()
         self._made: dict[_Made[W], float] = {}
@@ -90,6 +90,14 @@ class Environments(Generic[W]):
         for started, future in zip(programs, futures, strict=True):
             future.add_done_callback(partial(self._has_run, started))
 
+    def heard(self, who: W, ask: Ask, answer: Any) -> None:
+        """The model has answered an episode; from any thread."""
+        self._ended.put(Finished(who, ask, answer, None, 0.0, False))
+
+    def failed(self, error: Exception) -> None:
+        """The model cannot answer any more: `collect` raises the error; from any thread."""
+        self._ended.put(error)
+
     def collect(self, seconds: float) -> list[Finished[W]]:
         """The steps that have ended since the last time.
 
@@ -100,7 +108,7 @@ class Environments(Generic[W]):
         end = time.monotonic() + seconds
         while not finished and (left := end - time.monotonic()) > 0:
             try:
-                finished = [self._ended.get(timeout=min(left, self._time_to_deadline()))]
+                finished = [_known(self._ended.get(timeout=min(left, self._time_to_deadline())))]
                 time.sleep(_GATHER_SECONDS)
             except Empty:
                 finished = []
@@ -116,7 +124,7 @@ class Environments(Generic[W]):
         self._give_up_late_calls()
         finished = []
         while not self._ended.empty():
-            finished.append(self._ended.get())
+            finished.append(_known(self._ended.get()))
         return finished
 
     def _has_run(self, started: Started[W], future: Future[Outcome]) -> None:
@@ -170,6 +178,12 @@ class Environments(Generic[W]):
                 self._ended.put(made.end(made.limit, None, None))
             if late:
                 self._engage()
+
+
+def _known(ended: Finished[W] | Exception) -> Finished[W]:
+    if isinstance(ended, Exception):
+        raise ended
+    return ended
 
 
 class _Made(Generic[W]):

@@ -21,12 +21,14 @@ from cycleqd_jax.sandbox.base import Sandbox, SandboxBroken, SandboxUnavailable
 from cycleqd_jax.tasks.base import (
     Ask,
     Call,
+    Conversation,
     Episode,
     Policy,
     Problem,
     Request,
     Run,
     ServiceGone,
+    Speaker,
     Task,
 )
 from cycleqd_jax.tasks.environments import Environments, Finished, Started
@@ -67,7 +69,7 @@ def rollout(
     tasks: Sequence[Task],
     problems: Mapping[str, Sequence[Problem]],
     candidates: int,
-    policy: Policy,
+    policy: Policy | Speaker,
     sandbox: Sandbox,
     on_progress: Callable[[int], None] = lambda finished: None,
     *,
@@ -85,7 +87,7 @@ def rollout(
         tasks: the skills, in the order of the columns of ``scores``.
         problems: task name → the problems to play.
         candidates: how many candidates there are; requests carry their number.
-        policy: answers all requests of a batch at once.
+        policy: answers all requests of a batch at once, or each as soon as it can (`Speaker`).
         sandbox: runs programs, while threads wait for other services.
         on_progress: called with the number of episodes that have ended, when there are more.
         repeats: attempts at every problem.
@@ -95,7 +97,7 @@ def rollout(
             they are a part of a larger population.
         limits: an episode that takes more scores 0 and is closed.
         patience: seconds that episodes with a request wait for those without; by default as long
-            as the last batch took. Scores do not depend on it.
+            as the last batch took. Scores do not depend on it. A `Speaker` is asked at once.
         on_episode: is given the transcript of every episode as it ends; None records nothing.
         chosen: task name → (candidates, problems) bool, who plays what; None plays everything. A
             score is the same whatever else is played.
@@ -194,7 +196,7 @@ class _Stage:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: Policy | Speaker,
         environments: Environments[_Play],
         limits: TimeLimits,
         patience: float | int | None,
@@ -205,8 +207,17 @@ class _Stage:
         self.late: dict[str, int] = {}
         self.failed: dict[str, int] = {}
         self.errors: list[str] = []
-        self._policy = policy
         self._environments = environments
+        # One of both.
+        self._policy: Policy | None = None
+        self._conversation: Conversation | None = None
+        if not isinstance(policy, Speaker):
+            self._policy = policy
+        else:
+            self._conversation = policy.converse(
+                lambda play, answer: environments.heard(play, Ask(play.request.messages), answer),
+                environments.failed,
+            )
         self._limits = limits
         self._fixed_patience = patience
         self._patience = _FIRST_PATIENCE_SECONDS if patience is None else patience
@@ -221,6 +232,8 @@ class _Stage:
         self._arrived = 0
         self._awaited = math.inf
         self._begun: list[Started[_Play]] = []
+        # How many wait for the model in a conversation.
+        self._spoken = 0
 
     def enter(self, play: _Play, scores: np.ndarray) -> None:
         """Let an episode begin; its score goes to its place in (candidates, problems, repeats)."""
@@ -235,7 +248,9 @@ class _Stage:
             self._begin()
             self._wait()
             self._begin()  # so that the environments work while the model speaks
-            if self._asking and (not self._acting or not self._worth_waiting()):
+            if self._conversation is not None:
+                self._ask(self._conversation)
+            elif self._asking and (not self._acting or not self._worth_waiting()):
                 self._speak()
             if self._ended > told:
                 told = self._ended
@@ -243,6 +258,8 @@ class _Stage:
 
     def close(self) -> None:
         """Close every episode that has not ended, and forget what it waits for."""
+        if self._conversation is not None:
+            self._conversation.close()
         self._environments.close()
         for play in list(self._live):
             self._close(play)
@@ -273,20 +290,39 @@ class _Stage:
         started = time.monotonic()
         left = self._deadline - started if self._asking else math.inf
         finished = self._environments.collect(max(0.0, left))
-        self.seconds["sandbox"] += time.monotonic() - started
+        self.seconds["model" if self._spoken else "sandbox"] += time.monotonic() - started
         self._arrived += len(finished)
+        said = [step for step in finished if isinstance(step.step, Ask)]
+        if said and self._conversation is not None:
+            self._spoken -= len(said)
+            texts = self._conversation.texts([step.answer for step in said])
+            for step, text in zip(said, texts, strict=True):
+                self._answer(step.who, text)
         for step in finished:
-            self._take(step)
+            if not isinstance(step.step, Ask):
+                self._take(step)
 
-    def _speak(self) -> None:
+    def _batch(self) -> list[_Play]:
+        """Those who ask, and from now on are answered."""
         # In the order of the episodes, whenever they asked: a full batch is always the same.
         batch = sorted(self._asking, key=lambda play: play.number)
         self._asking = []
+        self.requests += len(batch)
+        return batch
+
+    def _ask(self, conversation: Conversation) -> None:
+        batch = self._batch()
+        if batch:
+            self._spoken += len(batch)
+            conversation.ask(batch, [play.request for play in batch])
+
+    def _speak(self) -> None:
+        assert self._policy is not None
+        batch = self._batch()
         started = time.perf_counter()
         answers = self._policy([play.request for play in batch])
         took = time.perf_counter() - started
         self.seconds["model"] += took
-        self.requests += len(batch)
         if self._fixed_patience is None:
             self._patience = took
         if len(answers) != len(batch):
@@ -295,13 +331,16 @@ class _Stage:
                 f"found {len(answers)}"
             )
         for play, answer in zip(batch, answers, strict=True):
-            if not isinstance(answer, str):
-                raise ValueError(
-                    f"{play}: expected a text from the policy, found {type(answer).__name__}"
-                )
-            if self._on_episode is not None:
-                play.steps.append(Turn(play.request.messages, answer, play.request.seed))
-            self._advance(play, answer)
+            self._answer(play, answer)
+
+    def _answer(self, play: _Play, text: str) -> None:
+        if not isinstance(text, str):
+            raise ValueError(
+                f"{play}: expected a text from the policy, found {type(text).__name__}"
+            )
+        if self._on_episode is not None:
+            play.steps.append(Turn(play.request.messages, text, play.request.seed))
+        self._advance(play, text)
 
     def _take(self, step: Finished[_Play]) -> None:
         play = step.who
@@ -359,6 +398,8 @@ class _Stage:
             self._close(play)
         del self._live[play]
         self._ended += 1
+        if self._conversation is not None:
+            self._conversation.end(play)
         if self._on_episode is not None:
             self._on_episode(
                 Transcript(

@@ -211,8 +211,7 @@ def test_a_chosen_mode_follows_cost_and_number_of_prompts(population: Any) -> No
     candidates = list(range(CANDIDATES)) * 16
 
     def built(questions: list[list[int]]) -> bool:
-        jobs = engine._plan(questions, candidates[: len(questions)], attached)
-        return all(job.candidate is not None for job in jobs)
+        return engine._builds(attached, questions, candidates[: len(questions)])
 
     assert not built(few)
     assert built(many) == (jax.default_backend() == "cpu")

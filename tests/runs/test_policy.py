@@ -19,7 +19,7 @@ from cycleqd_jax.runs.records.transcripts import read_transcripts, transcript_fi
 from cycleqd_jax.runs.transformers_policy import TransformersPolicy
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
 from cycleqd_jax.sandbox import Limits, Sandbox, open_sandbox
-from cycleqd_jax.tasks.base import Message, Policy, Request
+from cycleqd_jax.tasks.base import Message, Policy, Request, Speaker
 from cycleqd_jax.tasks.policies import ScriptedPolicy
 from cycleqd_jax.tasks.registry import make_tasks
 from cycleqd_jax.tasks.rollout import rollout
@@ -56,7 +56,7 @@ def test_transformers_and_our_engine_give_the_same_transcripts(
     tasks = make_tasks(["coding", "database", "shell"])
     problems = {task.name: task.problems("search", 4) for task in tasks}
 
-    def play(policy: Policy) -> list[Transcript]:
+    def play(policy: Policy | Speaker) -> list[Transcript]:
         seen: list[Transcript] = []
         rollout(tasks, problems, 1, policy, sandbox, on_episode=seen.append)
         return sorted(seen, key=lambda t: (t.task, t.problem))

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from cycleqd_jax.tasks.environments import CALLERS
 from cycleqd_jax.tasks.played import together
 from cycleqd_jax.tasks.registry import make_tasks
 from cycleqd_jax.tasks.rollout import rollout
+from cycleqd_jax.tasks.transcript import Transcript
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,45 @@ class Speaker:
         return [self.speak(request) for request in requests]
 
 
+class Talkative:
+    """A `Speaker` that answers from other threads, each a little later, in upper case."""
+
+    def __init__(self, speak: Callable[[Request], str], fails_at: int | None = None) -> None:
+        self.speak, self.fails_at = speak, fails_at
+        self.asked: list[int] = []
+        self.ended: list[Any] = []
+        self.closed = 0
+
+    def converse(
+        self, heard: Callable[[Any, Any], None], failed: Callable[[Exception], None]
+    ) -> "Talkative":
+        self.heard, self.failed = heard, failed
+        return self
+
+    def ask(self, who: Sequence[Any], requests: Sequence[Request]) -> None:
+        first = sum(self.asked)
+        self.asked.append(len(requests))
+
+        def answer() -> None:
+            for i, (episode, request) in enumerate(zip(who, requests, strict=True)):
+                if first + i == self.fails_at:
+                    self.failed(RuntimeError("lost the model"))
+                    return
+                time.sleep(0.001)
+                self.heard(episode, self.speak(request).encode())
+
+        threading.Thread(target=answer).start()
+
+    def texts(self, heard: Sequence[Any]) -> list[str]:
+        return [answer.decode() for answer in heard]
+
+    def end(self, who: Any) -> None:
+        self.ended.append(who)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
 def value_of(request: Request) -> float:
     """Another score for every candidate, task and problem."""
     task, number = request.messages[0].content.split()
@@ -125,6 +166,42 @@ def test_every_episode_scores_in_its_own_place() -> None:
     np.testing.assert_allclose(
         played.scores, np.stack([s.mean(1) for s in played.solved.values()], axis=1), rtol=1e-6
     )
+
+
+def test_a_speaker_gets_the_scores_of_a_policy() -> None:
+    def speak(request: Request) -> str:
+        return str(value_of(request))
+
+    problems = problems_of(LONG, SHORT, count=5)
+    seen: dict[str, list[Transcript]] = {"policy": [], "speaker": []}
+    talkative = Talkative(speak)
+    whole = rollout(
+        [LONG, SHORT], problems, 3, Speaker(speak), EchoSandbox(), on_episode=seen["policy"].append
+    )
+    said = rollout(
+        [LONG, SHORT], problems, 3, talkative, EchoSandbox(), on_episode=seen["speaker"].append
+    )
+    for name, scores in whole.attempts.items():
+        np.testing.assert_array_equal(said.attempts[name], scores)
+    assert said.requests == whole.requests == sum(talkative.asked) == 3 * (5 * 3 + 6)
+    assert talkative.asked[0] == 3 * (5 + 6)
+    # Nobody waits for the others: later turns come in several parts.
+    assert len(talkative.asked) > 3
+    assert len(talkative.ended) == 3 * (5 + 6)
+    assert talkative.closed == 1
+    assert said.seconds["model"] > 0.0
+
+    def sort(transcripts: list[Transcript]) -> list[Transcript]:
+        return sorted(transcripts, key=lambda t: (t.task, t.candidate, t.problem))
+
+    assert sort(seen["speaker"]) == sort(seen["policy"])
+
+
+def test_a_speaker_that_fails_ends_the_rollout() -> None:
+    talkative = Talkative(lambda request: "0", fails_at=7)
+    with pytest.raises(RuntimeError, match="lost the model"):
+        rollout([LONG], problems_of(LONG, count=4), 2, talkative, EchoSandbox())
+    assert talkative.closed == 1
 
 
 def test_chosen_episodes_score_as_they_do_among_all() -> None:

@@ -1,0 +1,122 @@
+"""Conversations that threads decode: the same answers as `Decoder.decode`, errors, and the end."""
+
+import threading
+import time
+from collections.abc import Callable
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cycleqd_jax.models import kernels
+from cycleqd_jax.models.config import LlamaConfig
+from cycleqd_jax.models.generate import Decoder
+from cycleqd_jax.models.talk import Talk
+
+CONFIG = LlamaConfig(48, 16, 24, 2, 4, 2, 4, max_positions=96)
+CANDIDATES = 3
+
+
+@pytest.fixture(scope="module")
+def attached(make_params: Callable[..., Any], make_population: Callable[..., Any]) -> Any:
+    population = make_population(CONFIG, (2, 2), CANDIDATES, 0.2)
+    return kernels.attach(make_params(CONFIG, scale=3.0), *population)
+
+
+def decoder(attached: Any, **options: Any) -> Decoder:
+    return Decoder(
+        attached, CONFIG, stop_tokens=[1, 2], pad_token=0, max_new_tokens=12, workers=2, **options
+    )
+
+
+def fail(error: Exception) -> None:
+    raise error
+
+
+def prompts(count: int) -> list[list[int]]:
+    rng = np.random.default_rng(5)
+    return [rng.integers(4, 48, rng.integers(1, 16)).tolist() for _ in range(count)]
+
+
+@pytest.mark.parametrize("mode", ["rows", "candidates"])
+def test_conversations_hear_what_decoding_gives(attached: Any, mode: str) -> None:
+    engine = decoder(attached, mode=mode)
+    questions = prompts(80)
+    candidates = [i % CANDIDATES for i in range(80)]
+    heard: SimpleQueue[tuple[int, list[int]]] = SimpleQueue()
+    asked = {i: [question] for i, question in enumerate(questions)}
+    answers: dict[int, list[list[int]]] = {i: [] for i in asked}
+    before = engine.stats
+    with engine.talk(lambda i, tokens: heard.put((i, tokens)), fail) as talk:
+        # The second half begins to speak while the first does.
+        for first in (0, 40):
+            rows = range(first, first + 40)
+            talk.ask(rows, questions[first : first + 40], [candidates[i] for i in rows])
+        left = 3 * 80
+        while left:
+            i, tokens = heard.get(timeout=60)
+            answers[i].append(tokens)
+            left -= 1
+            if len(answers[i]) < 3:
+                asked[i].append([*asked[i][-1], *tokens, 4 + i % 40])
+                talk.ask([i], [asked[i][-1]], [candidates[i]])
+            else:
+                talk.end(i)
+        # Weights and caches of streams that nobody speaks in are let go.
+        until = time.monotonic() + 10
+        while any(seat.stream is not None for seat in talk._seats.values()):
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        assert len(talk._seats) == (2 if mode == "rows" else CANDIDATES)
+    for turn in range(3):
+        whole = engine.decode([asked[i][turn] for i in range(80)], candidates)
+        assert whole == [answers[i][turn] for i in range(80)]
+    stats = engine.stats
+    assert stats.prompts - before.prompts == 6 * 80
+    generated = sum(len(text) for texts in answers.values() for text in texts)
+    assert stats.generated_tokens - before.generated_tokens == 2 * generated
+    assert stats.seconds > before.seconds
+
+
+def test_what_goes_wrong_in_a_thread_is_told(
+    attached: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = decoder(attached)
+    failures: SimpleQueue[Exception] = SimpleQueue()
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(engine._programs, "chunk", fails)
+    with engine.talk(lambda i, tokens: None, failures.put) as talk:
+        talk.ask([0], [[5, 6]], [0])
+        assert str(failures.get(timeout=60)) == "no memory"
+    with pytest.raises(RuntimeError, match="no memory"):
+        engine.decode([[5, 6]], [0])
+
+
+def test_a_talk_can_be_closed_while_it_speaks(attached: Any) -> None:
+    engine = decoder(attached)
+    before = threading.active_count()
+    heard: list[int] = []
+    talk = engine.talk(lambda i, tokens: heard.append(i), fail)
+    talk.ask(range(200), prompts(200), [0] * 200)
+    talk.close()
+    assert threading.active_count() == before
+    assert len(heard) < 200
+    talk.close()
+
+
+def test_bad_prompts_are_refused_at_once(attached: Any) -> None:
+    def no_talk() -> Talk:
+        return decoder(attached).talk(lambda i, tokens: None, fail)
+
+    with no_talk() as talk:
+        with pytest.raises(ValueError, match="prompt 0: expected 1 to 95 tokens"):
+            talk.ask([0], [[]], [0])
+        with pytest.raises(ValueError, match=r"expected a candidate in \[0, 3\), found 3"):
+            talk.ask([0], [[5]], [3])
+        talk.ask([], [], [])
+    with pytest.raises(ValueError, match="max_new_tokens of at least 1, got 0"):
+        decoder(attached).talk(lambda i, tokens: None, fail, max_new_tokens=0)
