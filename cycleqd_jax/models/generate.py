@@ -28,6 +28,9 @@ from cycleqd_jax.models.talk import DecodeStats, Talk
 _ROWS_PER_CANDIDATE = 16
 _DEAR_SPECTRAL_SHARE = 0.4
 
+# Streams that a worker takes in turns: while one is decoded, others hear what follows their texts.
+_IN_TURNS = 2
+
 MAX_ROWS = 256
 """Rows of the largest batch, of one device."""
 
@@ -134,8 +137,8 @@ class Decoder:
         the prompts' own, in [0, 2^31); a sampled answer follows from prompt, weights, `sampling`
         and seed. `max_new_tokens` and `stops` take the place of the constructor's for this call and
         compile nothing. `on_finished` is called with the number of prompts done since its last
-        call. Raises ValueError for an empty prompt, one that
-        leaves no room for a token, candidates that do not exist, and less than one new token.
+        call. Raises ValueError for an empty prompt, one that leaves no room for a token, candidates
+        that do not exist, and less than one new token.
         """
         answers: list[list[int]] = [[] for _ in prompts]
         heard: SimpleQueue[tuple[int, list[int]] | Exception] = SimpleQueue()
@@ -156,6 +159,7 @@ class Decoder:
                     if isinstance(answer, Exception):
                         raise answer
                     answers[answer[0]] = answer[1]
+                    talk.end(answer[0])
                 left -= len(batch)
                 if on_finished is not None:
                     on_finished(len(batch))
@@ -176,7 +180,8 @@ class Decoder:
 
         Answers are those of `decode`, given to `answered` as soon as they are known; what a
         conversation said and was told before is not read again, if it goes on soon. Without `keep`
-        no places of a batch are kept for that.
+        no places of a batch are kept for that. Where candidates are built, the weights of those
+        that still converse are in memory.
         """
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(
@@ -196,6 +201,7 @@ class Decoder:
             choose=partial(self._builds, weights),
             open_stream=open_stream,
             workers=1 if kernels.is_stacked(weights) else self._workers,
+            in_turns=_IN_TURNS if keep else 1,
             answered=answered,
             failed=failed,
             closed=self._count,

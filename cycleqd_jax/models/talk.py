@@ -18,8 +18,6 @@ from cycleqd_jax.models.stream import Stream
 
 # A second stream for rows of all candidates pays from two batches of this many rows on.
 _ROWS_PER_STREAM = 32
-# Streams that a thread takes in turns: while one is decoded, others hear what follows their texts.
-_AT_ONCE = 2
 
 Choose = Callable[[Sequence[Sequence[int]], Sequence[int] | None], bool]
 
@@ -88,6 +86,7 @@ class Talk:
         choose: whether the candidates of the first prompts are built.
         open_stream: a stream for one candidate, or for rows of all (None).
         workers: threads.
+        in_turns: how many streams with something to do a thread takes in turns.
         answered: is given the key of a conversation and the tokens of its next text.
         failed: is given what went wrong in a thread; nothing is answered any more then. Both are
             called from threads.
@@ -103,6 +102,7 @@ class Talk:
         choose: Choose,
         open_stream: Callable[[int | None], Stream],
         workers: int,
+        in_turns: int,
         answered: Callable[[Any, list[int]], None],
         failed: Callable[[Exception], None],
         closed: Callable[[DecodeStats], None],
@@ -112,6 +112,7 @@ class Talk:
         self._choose, self._open = choose, open_stream
         self._answered, self._failed, self._tell_closed = answered, failed, closed
         self._build: bool | None = None
+        self._at_once = in_turns * workers
         self._seats: dict[int, _Seat] = {}
         self._seat_of: dict[Hashable, _Seat] = {}
         self._unanswered, self._since = 0, 0.0
@@ -226,7 +227,7 @@ class Talk:
         with self._work:
             while not self._closed:
                 waiting = (seat for seat in self._seats.values() if seat.waits)
-                first = [s for s in islice(waiting, _AT_ONCE * len(self._threads)) if not s.busy]
+                first = [seat for seat in islice(waiting, self._at_once) if not seat.busy]
                 if first:
                     seat = min(first, key=lambda seat: seat.steps)
                     seat.busy = True

@@ -1,7 +1,9 @@
 """Conversations that threads decode: the same answers as `Decoder.decode`, errors, and the end."""
 
+import gc
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from queue import SimpleQueue
 from typing import Any
@@ -15,7 +17,7 @@ from cycleqd_jax.models.generate import Decoder
 from cycleqd_jax.models.talk import Talk
 
 CONFIG = LlamaConfig(48, 16, 24, 2, 4, 2, 4, max_positions=96)
-CANDIDATES = 3
+CANDIDATES = 6
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,31 @@ def test_conversations_hear_what_decoding_gives(attached: Any, mode: str) -> Non
     assert stats.seconds > before.seconds
 
 
+def test_candidates_are_built_one_after_the_other(
+    attached: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = decoder(attached, mode="candidates")
+    alive: set[int] = set()
+    most = 0
+    build = engine._programs.build
+
+    def counted(weights: Any, candidate: Any) -> Any:
+        nonlocal most
+        built = build(weights, candidate)
+        leaf = built.final_norm
+        alive.add(id(leaf))
+        weakref.finalize(leaf, alive.discard, id(leaf))
+        most = max(most, len(alive))
+        return built
+
+    monkeypatch.setattr(engine._programs, "build", counted)
+    engine.decode(prompts(60), [i % CANDIDATES for i in range(60)])
+    # Two workers, each with one, and one that is being let go.
+    assert most <= 3
+    gc.collect()
+    assert not alive
+
+
 def test_what_goes_wrong_in_a_thread_is_told(
     attached: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,8 +142,8 @@ def test_bad_prompts_are_refused_at_once(attached: Any) -> None:
     with no_talk() as talk:
         with pytest.raises(ValueError, match="prompt 0: expected 1 to 95 tokens"):
             talk.ask([0], [[]], [0])
-        with pytest.raises(ValueError, match=r"expected a candidate in \[0, 3\), found 3"):
-            talk.ask([0], [[5]], [3])
+        with pytest.raises(ValueError, match=r"expected a candidate in \[0, 6\), found 6"):
+            talk.ask([0], [[5]], [6])
         talk.ask([], [], [])
     with pytest.raises(ValueError, match="max_new_tokens of at least 1, got 0"):
         decoder(attached).talk(lambda i, tokens: None, fail, max_new_tokens=0)
