@@ -15,7 +15,9 @@ Both do the same work. The peer is given what ours drew (parents, merge weights,
 children are the same models; the transcripts of all episodes (ours of a second play, not timed),
 the scores and the archives are compared. Drawing costs the peer nothing. Both play in the same
 sandbox, and both begin a generation with the memory that a run has there: what programs did in the
-generations before is not run again, in the peer's neither.
+generations before is not run again, in the peer's neither. That memory is ours. What the peer's
+programs take without it is measured after each of its children, and printed beside: the published
+pipeline as it is.
 
 Generation 1, in which both warm up and ours compiles, is not counted. From then on they take turns,
 a generation each; the medians count. The limit is the arithmetic that cannot be avoided, at the
@@ -29,6 +31,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +65,7 @@ from cycleqd_jax.runs.transformers_policy import TransformersPolicy
 from cycleqd_jax.runs.watching.monitor import Monitor
 from cycleqd_jax.runs.watching.watch import Watch
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
-from cycleqd_jax.sandbox import MemoSandbox, Sandbox, open_sandbox
+from cycleqd_jax.sandbox import Job, MemoSandbox, Outcome, Sandbox, open_sandbox
 from cycleqd_jax.tasks.base import Request
 from cycleqd_jax.tasks.rollout import rollout
 from cycleqd_jax.tasks.transcript import Transcript, Turn
@@ -83,11 +86,12 @@ def main() -> None:
     workspace = open_workspace(config, default_cache())
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "run"
-        with MemoSandbox(open_sandbox(config.sandbox)) as sandbox:
+        bare = open_sandbox(config.sandbox)
+        with MemoSandbox(bare) as sandbox:
             evaluator = Evaluator(workspace, sandbox)
             recorder = Evaluator(workspace, sandbox, out / "transcripts")
             with RunFolder.open(out, config.to_json()) as folder:
-                pipeline = Pipeline(workspace, sandbox, folder, Path(scratch) / "models")
+                pipeline = Pipeline(workspace, sandbox, bare, folder, Path(scratch) / "models")
                 turns = Turns(workspace, folder, evaluator, recorder, sandbox, pipeline)
                 Search(workspace, evaluator, folder, turns).run()
                 turns.finish()
@@ -159,6 +163,11 @@ class Turns(Monitor):
         for phases in self.ours:
             phases["checkpoint"] = (time.perf_counter() - self._started) / config.checkpoint_every
 
+    @property
+    def remembered(self) -> list[float]:
+        """Seconds that the peer's programs of every generation would take without memory."""
+        return self._pipeline.remembered
+
     def _begin(self) -> None:
         self._known = self._sandbox.known()
         self._traces = self._evaluator.decoder.traces
@@ -189,23 +198,27 @@ class Pipeline:
     Args:
         workspace: base, basis, tasks and settings of the run.
         sandbox: where programs run.
+        bare: the same without its memory.
         folder: the run whose draws are followed.
         models: where the elites' weights are, a folder each.
 
     Attributes:
         problems: that every child plays.
+        remembered: seconds that the programs of every generation would take which were remembered.
     """
 
     def __init__(
-        self, workspace: Workspace, sandbox: Sandbox, folder: RunFolder, models: Path
+        self,
+        workspace: Workspace,
+        sandbox: MemoSandbox,
+        bare: Sandbox,
+        folder: RunFolder,
+        models: Path,
     ) -> None:
         config = workspace.config
-        self._workspace, self._sandbox, self._folder, self._models = (
-            workspace,
-            sandbox,
-            folder,
-            models,
-        )
+        self._workspace, self._folder, self._models = workspace, folder, models
+        self._sandbox, self._bare = Noting(sandbox), bare
+        self.remembered: list[float] = []
         models.mkdir()
         self.problems = workspace.problems("search", config.problems, config.seed)
         self._peer = Peer(Path(config.base), (), {})
@@ -240,6 +253,7 @@ class Pipeline:
                 archives.add(birth.id, list(birth.scores.values()))
 
         seconds = dict.fromkeys(PHASES, 0.0)
+        remembered = 0.0
         transcripts: list[Transcript] = []
         for number, (birth, (weights, scales)) in enumerate(zip(born, draws, strict=True)):
             start = time.perf_counter()
@@ -266,6 +280,9 @@ class Pipeline:
             seconds["decode"] += played.seconds["model"]
             seconds["environments"] += scored - bred - played.seconds["model"]
             seconds["archive"] += time.perf_counter() - scored
+            remembered += self._sandbox.remembered(self._bare)
+        if children is None:
+            self.remembered.append(remembered)
         if children is None and archives.ids() != ids_of(repertoire):
             raise SystemExit(f"generation {generation}: the archives differ")
         return seconds, transcripts
@@ -301,6 +318,41 @@ class Pipeline:
                 names = spec.hf_names(workspace.architecture.num_layers)
                 scales |= zip(names, torch.from_numpy(own).reshape(len(names), -1), strict=True)
         return torch.tensor(birth.operator["weights"]), scales
+
+
+class Noting:
+    """A sandbox that notes the batches it is given, and how much of them it remembered."""
+
+    def __init__(self, inner: MemoSandbox) -> None:
+        self._inner = inner
+        self._batches: list[list[Job]] = []
+        self._before = inner.hits, inner.misses
+
+    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
+        return [future.result() for future in self.submit(jobs)]
+
+    def submit(self, jobs: Sequence[Job]) -> list[Future[Outcome]]:
+        self._batches.append(list(jobs))
+        return self._inner.submit(jobs)
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def __enter__(self) -> "Noting":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def remembered(self, bare: Sandbox) -> float:
+        """Seconds that what was remembered since the last time takes in the bare sandbox."""
+        hits, misses = self._inner.hits - self._before[0], self._inner.misses - self._before[1]
+        start = time.perf_counter()
+        for jobs in self._batches:
+            bare.run(jobs)
+        took = time.perf_counter() - start
+        self._batches, self._before = [], (self._inner.hits, self._inner.misses)
+        return took * hits / max(1, hits + misses)
 
 
 def expert_factors(workspace: Workspace, expert: int) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -386,6 +438,13 @@ def report(turns: Turns, workspace: Workspace) -> dict[str, Any]:
     print(
         f"{found['ours']:.0f} children a minute against {found['peer']:.0f}: "
         f"{found['ratio']:.2f} times as many"
+    )
+    remembered = statistics.median(turns.remembered)
+    alone = 60 * children / (theirs + remembered)
+    found["without_memory"] = {"seconds": remembered, "ratio": found["ours"] / alone}
+    print(
+        f"without our memory of programs the peer takes {remembered:.2f} s more: {alone:.0f} "
+        f"children a minute, {found['ours'] / alone:.2f} times as many"
     )
     print(
         f"limit {found['limit']:.0f}: {work / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s take "
