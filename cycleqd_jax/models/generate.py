@@ -180,8 +180,8 @@ class Decoder:
 
         Answers are those of `decode`, given to `answered` as soon as they are known; what a
         conversation said and was told before is not read again, if it goes on soon. Without `keep`
-        no places of a batch are kept for that. Where candidates are built, the weights of those
-        that still converse are in memory.
+        no places of a batch are kept for that. In bfloat16, answers that go on so may differ from
+        those whose whole prompt is read: whether they do depends on time.
         """
         if max_new_tokens is not None and max_new_tokens < 1:
             raise ValueError(

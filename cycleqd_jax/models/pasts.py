@@ -42,8 +42,12 @@ class Pasts:
             self._of[ticket] = past
         return self._keep
 
+    def get(self, ticket: int | None) -> Past | None:
+        """The past of a text, if it is still there."""
+        return None if ticket is None else self._of.get(ticket)
+
     def take(self, ticket: int | None) -> Past | None:
-        """The past of a text, if it is still there: it is another one's from now on."""
+        """The same; it is another text's from now on."""
         return None if ticket is None else self._of.pop(ticket, None)
 
     def age(self) -> list[int]:

@@ -101,8 +101,9 @@ class Stream:
         which together with the prompt decides a sampled text. What many of the prompts begin with
         is prefilled once per candidate. `after` names, by its ticket, the finished text of the same
         candidate that a prompt goes on from, None for none: in a stream that keeps them, only what
-        is new is read, for some steps after the text has ended. Raises ValueError as
-        `Decoder.decode` does.
+        is new is read, for some steps after the text has ended and where it is not most of the
+        prompt. Nothing else goes on from that text then. Raises ValueError as `Decoder.decode`
+        does, and for another candidate.
         """
         check_requests(self._weights, self._limit, prompts, candidates, seeds)
         numbers = [0] * len(prompts) if candidates is None else list(candidates)
@@ -119,6 +120,7 @@ class Stream:
             for i, (prompt, candidate) in enumerate(zip(prompts, numbers, strict=True))
         ]
         if after is not None:
+            self._check_candidates(requests, after)
             requests = [
                 r for r, of in zip(requests, after, strict=True) if not self._goes_on(r, of)
             ]
@@ -137,19 +139,26 @@ class Stream:
         if past is not None:
             self._table.used[past.place] = False
 
+    def _check_candidates(self, requests: Sequence[Request], after: Sequence[int | None]) -> None:
+        for request, ticket in zip(requests, after, strict=True):
+            past = self._pasts.get(ticket)
+            if past is not None and past.candidate != request.candidate:
+                raise ValueError(
+                    f"expected a text to go on with its candidate {past.candidate}, found "
+                    f"{request.candidate}"
+                )
+
     def _goes_on(self, request: Request, ticket: int | None) -> bool:
         """Whether a text takes up the place of the one it follows."""
         past = self._pasts.take(ticket)
         if past is None:
             return False
-        if request.candidate != past.candidate:
-            raise ValueError(
-                f"expected a text to go on with its candidate {past.candidate}, found "
-                f"{request.candidate}"
-            )
         known = past.common(request.prompt)
         new = len(request.prompt) - known
-        if new * _TOKENS_PER_STEP > len(request.prompt):
+        # A row that has taken many slots for its text is better read anew, into its first ones.
+        taken = int(self._table.used[past.place].sum()) + new
+        most = slot_bucket(prompt_bucket(len(request.prompt)) + self._max_new)
+        if new * _TOKENS_PER_STEP > len(request.prompt) or taken > most:
             self._table.used[past.place] = False
             return False
         request.resumes, request.unread = known, list(request.prompt[known:])
@@ -389,7 +398,7 @@ class Stream:
         elif not done:
             return []
         self._places[place] = None
-        # The last token was chosen, but it was not read.
+        # The last token may have been chosen, but not read.
         past = Past(request.candidate, (*request.prompt, *request.text[:-1]), place)
         if not self._pasts.rest(request.ticket, past):
             self._table.used[place] = False

@@ -2,7 +2,8 @@
 
 A thread takes one of the first streams (`stream.Stream`) with something to do, lets it do one
 step, and looks again. There is a stream per candidate where the candidates' weights are built, else
-one per thread, for rows of all candidates.
+one per thread, for rows of all candidates. Only so many candidates are built at a time: the one
+that has rested longest makes room, and is built again if somebody goes on with it.
 """
 
 import threading
@@ -24,7 +25,10 @@ Choose = Callable[[Sequence[Sequence[int]], Sequence[int] | None], bool]
 
 @dataclass(frozen=True)
 class DecodeStats:
-    """What decoding did: prompts and tokens counted without padding, seconds of wall time."""
+    """What decoding did: prompts and tokens counted without padding, seconds of wall time.
+
+    `prefill_tokens` are those of the prompts, also where some were read before.
+    """
 
     prompts: int = 0
     prefill_tokens: int = 0
@@ -89,7 +93,7 @@ class Talk:
         in_turns: how many streams with something to do a thread takes in turns.
         answered: is given the key of a conversation and the tokens of its next text.
         failed: is given what went wrong in a thread; nothing is answered any more then. Both are
-            called from threads.
+            called from threads and should be quick.
         closed: is given what was asked and answered, when the talk is closed; the seconds are
             those in which an answer was due.
     """
@@ -115,6 +119,7 @@ class Talk:
         self._at_once = in_turns * workers
         self._seats: dict[int, _Seat] = {}
         self._seat_of: dict[Hashable, _Seat] = {}
+        self._candidate_of: dict[Hashable, int] = {}
         self._unanswered, self._since = 0, 0.0
         self._closed = False
         self._steps = 0
@@ -144,11 +149,25 @@ class Talk:
         The rest is as of `Decoder.decode`. A conversation stays with its candidate, and is asked
         for again only when it was answered. What a prompt has in common with the one before and
         its answer is not read again, as long as its keys and values are there.
+
+        Raises:
+            ValueError: as `Decoder.decode`, and for another candidate than before.
+            RuntimeError: the talk is closed, or has failed.
         """
         check_requests(self._weights, self._limit, prompts, candidates, seeds)
         if not prompts:
             return
         with self._work:
+            if self._closed:
+                raise RuntimeError("Talk: expected to be open, but it was closed, or has failed")
+            for i, key in enumerate(keys):
+                candidate = 0 if candidates is None else candidates[i]
+                before = self._candidate_of.get(key, candidate)
+                if candidate != before:
+                    raise ValueError(
+                        f"prompt {i}: expected its conversation's candidate {before}, "
+                        f"found {candidate}"
+                    )
             if self._build is None:
                 self._build = self._choose(prompts, candidates)
             if not self._unanswered:
@@ -169,18 +188,25 @@ class Talk:
         with self._work:
             seat = self._seat_of.pop(key, None)
             if seat is not None:
+                del self._candidate_of[key]
                 ticket = seat.tickets.pop(key)
                 if ticket is not None:
                     seat.over.append(ticket)
+                left = [asked for asked in seat.inbox if asked.key != key]
+                self._unanswered -= len(seat.inbox) - len(left)
+                seat.inbox = left
                 self._release(seat)
 
     def close(self) -> None:
-        """Stop after the steps that are under way."""
+        """Stop after the steps that are under way; what is unanswered stays so."""
         with self._work:
             self._closed = True
             self._work.notify_all()
         for thread in self._threads:
             thread.join()
+        if self._unanswered:
+            self._stats += DecodeStats(seconds=time.perf_counter() - self._since)
+            self._unanswered = 0
         stats, self._stats = self._stats, DecodeStats()
         self._tell_closed(stats)
 
@@ -191,12 +217,12 @@ class Talk:
             self._seats[number] = _Seat(None)
 
     def _seat(self, key: Hashable, candidate: int) -> _Seat:
-        """Where a new conversation takes place; that does not depend on how fast threads are."""
+        """Where a new conversation takes place."""
         if self._build:
             seat = self._seats.setdefault(candidate, _Seat(candidate))
         else:
             seat = min(self._seats.values(), key=lambda seat: len(seat.tickets))
-        self._seat_of[key] = seat
+        self._seat_of[key], self._candidate_of[key] = seat, candidate
         seat.tickets[key] = None
         return seat
 
@@ -204,23 +230,26 @@ class Talk:
         while (seat := self._next()) is not None:
             try:
                 texts = self._step(seat)
+                self._has_stepped(seat, texts)
+                for key, tokens in texts:
+                    self._answered(key, tokens)
             except Exception as error:
                 with self._work:
                     self._closed = True
                     self._work.notify_all()
                 self._failed(error)
                 return
-            with self._work:
-                seat.busy = False
-                self._steps += 1
-                seat.steps = self._steps
-                self._release(seat)
-                self._unanswered -= len(texts)
-                over = time.perf_counter() - self._since if texts and not self._unanswered else 0.0
-                generated = sum(len(tokens) for _, tokens in texts)
-                self._stats += DecodeStats(generated_tokens=generated, seconds=over)
-            for key, tokens in texts:
-                self._answered(key, tokens)
+
+    def _has_stepped(self, seat: _Seat, texts: Sequence[tuple[Hashable, list[int]]]) -> None:
+        with self._work:
+            seat.busy = False
+            self._steps += 1
+            seat.steps = self._steps
+            self._release(seat)
+            self._unanswered -= len(texts)
+            over = time.perf_counter() - self._since if texts and not self._unanswered else 0.0
+            generated = sum(len(tokens) for _, tokens in texts)
+            self._stats += DecodeStats(generated_tokens=generated, seconds=over)
 
     def _next(self) -> _Seat | None:
         """A seat with something to do; None when the talk is over."""
@@ -238,11 +267,12 @@ class Talk:
     def _step(self, seat: _Seat) -> list[tuple[Hashable, list[int]]]:
         """Hand over what was asked and decode some tokens; returns the texts that are finished."""
         if seat.stream is None:
+            self._make_room()
             seat.stream = self._open(seat.candidate)
         with self._work:
             asked, seat.inbox = seat.inbox, []
             over, seat.over = seat.over, []
-            after = [seat.tickets[a.key] for a in asked]
+            after = [seat.tickets.get(a.key) for a in asked]
         for ticket in over:
             seat.stream.forget(ticket)
         if asked:
@@ -254,7 +284,9 @@ class Talk:
             )
             with self._work:
                 for a, ticket in zip(asked, tickets, strict=True):
-                    seat.tickets[a.key], seat.keys[ticket] = ticket, a.key
+                    seat.keys[ticket] = a.key
+                    if a.key in seat.tickets:
+                        seat.tickets[a.key] = ticket
         finished = seat.stream.step()
         with self._work:
             return [(seat.keys.pop(answer.ticket), answer.tokens) for answer in finished]
@@ -262,3 +294,13 @@ class Talk:
     def _release(self, seat: _Seat) -> None:
         if not (seat.busy or seat.waits or seat.tickets):
             seat.stream, seat.over = None, []
+
+    def _make_room(self) -> None:
+        """Close the streams that rested longest, until one more can be opened."""
+        with self._work:
+            opened = [seat for seat in self._seats.values() if seat.stream is not None]
+            resting = [seat for seat in opened if not (seat.busy or seat.keys)]
+            resting.sort(key=lambda seat: (seat.waits, seat.steps))
+            for seat in resting[: max(0, len(opened) - self._at_once + 1)]:
+                seat.stream, seat.over = None, []
+                seat.tickets = dict.fromkeys(seat.tickets)

@@ -85,8 +85,10 @@ class PopulationPolicy:
         self, heard: Callable[[Any, Any], None], failed: Callable[[Exception], None]
     ) -> "Spoken":
         """Begin to speak with the weights that are in use; see `Speaker`."""
+        # A run can be repeated: in other types, what is said would depend on when it is asked.
+        keep = self._decoder.config.dtype == "float32"
         return Spoken(
-            self._decoder.talk(heard, failed, self._params, sampling=self._sampling),
+            self._decoder.talk(heard, failed, self._params, sampling=self._sampling, keep=keep),
             self._conversations,
             self._say,
             candidates=self._population,

@@ -246,23 +246,27 @@ class _Stage:
         told = 0
         while self._live:
             self._begin()
-            self._wait()
-            self._begin()  # so that the environments work while the model speaks
             if self._conversation is not None:
                 self._ask(self._conversation)
-            elif self._asking and (not self._acting or not self._worth_waiting()):
-                self._speak()
+            self._wait()
+            self._begin()  # so that the environments work while the model speaks
+            alone = not self._acting
+            if self._policy is not None and self._asking and (alone or not self._worth_waiting()):
+                self._speak(self._policy)
             if self._ended > told:
                 told = self._ended
                 on_progress(told)
 
     def close(self) -> None:
         """Close every episode that has not ended, and forget what it waits for."""
-        if self._conversation is not None:
-            self._conversation.close()
-        self._environments.close()
-        for play in list(self._live):
-            self._close(play)
+        try:
+            if self._conversation is not None:
+                self._conversation.close()
+        finally:
+            # Whoever is impatient interrupts the line above, too.
+            self._environments.close()
+            for play in list(self._live):
+                self._close(play)
 
     @property
     def _acting(self) -> int:
@@ -316,11 +320,10 @@ class _Stage:
             self._spoken += len(batch)
             conversation.ask(batch, [play.request for play in batch])
 
-    def _speak(self) -> None:
-        assert self._policy is not None
+    def _speak(self, policy: Policy) -> None:
         batch = self._batch()
         started = time.perf_counter()
-        answers = self._policy([play.request for play in batch])
+        answers = policy([play.request for play in batch])
         took = time.perf_counter() - started
         self.seconds["model"] += took
         if self._fixed_patience is None:

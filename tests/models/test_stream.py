@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,9 @@ CONFIG = LlamaConfig(48, 16, 24, 2, 4, 2, 4, max_positions=96)
 def prompts(count: int, longest: int = 30) -> list[list[int]]:
     rng = np.random.default_rng(2)
     return [rng.integers(4, 48, rng.integers(1, longest + 1)).tolist() for _ in range(count)]
+
+
+SLIDING = dataclasses.replace(CONFIG, architecture="mistral", sliding_window=7)
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +143,23 @@ def converse(
     return prompts_of, answers
 
 
+def test_conversations_look_through_their_window(make_params: Callable[..., Any]) -> None:
+    engine = Decoder(
+        make_params(SLIDING, scale=3.0),
+        SLIDING,
+        stop_tokens=[1],
+        pad_token=0,
+        max_new_tokens=14,
+        max_rows=8,
+        workers=1,
+    )
+    rng = np.random.default_rng(6)
+    said = [[rng.integers(4, 48, most).tolist() for _ in range(10)] for most in (16, 3, 5)]
+    asked, answers = converse(engine, said)
+    for t in range(3):
+        assert engine.decode([a[t] for a in asked]) == [a[t] for a in answers]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_conversations_go_on_as_if_they_were_read_anew(
     engine: Decoder, monkeypatch: pytest.MonkeyPatch, temperature: float
@@ -182,15 +203,32 @@ def test_what_was_not_said_is_forgotten(engine: Decoder) -> None:
 def test_a_place_is_not_kept_for_ever(engine: Decoder) -> None:
     stream = engine.open(keep=True)
     questions = prompts(8)
-    first, *others = stream.submit(questions)
+    first = stream.submit(questions)[0]
     answer = drain(stream)[first]
     stream.submit(prompts(30))
     drain(stream)
+    assert stream._pasts.get(first) is None
     follows = [*questions[0], *answer, 5]
-    assert not stream._pasts.places or first not in stream._pasts._of
     [ticket] = stream.submit([follows], after=[first])
     assert drain(stream) == {ticket: engine.decode([follows])[0]}
-    assert others
+
+
+def test_long_conversations_do_not_take_more_slots_than_their_text(engine: Decoder) -> None:
+    stream = engine.open(keep=True)
+    texts = [[4 + i] for i in range(4)]
+    tickets: list[Any] = [None] * 4
+    most = 0
+    while max(map(len, texts)) < 70:
+        tickets = stream.submit(texts, after=tickets)
+        found: dict[int, list[int]] = {}
+        while stream.pending:
+            found |= {answer.ticket: answer.tokens for answer in stream.step()}
+            most = max(most, stream._table.slots)
+        # One token each, for most of what a turn's slots are is not the text's.
+        texts = [[*text, 5 + len(text) % 30] for text in texts]
+        for text, ticket in zip(texts, tickets, strict=True):
+            assert found[ticket] == engine.decode([text[:-1]])[0]
+    assert most <= 160
 
 
 @pytest.mark.parametrize("stacked", [False, True])

@@ -81,29 +81,88 @@ def test_conversations_hear_what_decoding_gives(attached: Any, mode: str) -> Non
     assert stats.seconds > before.seconds
 
 
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> Callable[[Decoder], dict[str, int]]:
+    def watch(engine: Decoder) -> dict[str, int]:
+        """How many built candidates are alive, and were at most."""
+        counts = {"alive": 0, "most": 0, "all": 0}
+        build = engine._programs.build
+
+        def gone() -> None:
+            counts["alive"] -= 1
+
+        def counted(weights: Any, candidate: Any) -> Any:
+            model = build(weights, candidate)
+            weakref.finalize(model.final_norm, gone)
+            counts["alive"] += 1
+            counts["all"] += 1
+            counts["most"] = max(counts["most"], counts["alive"])
+            return model
+
+        monkeypatch.setattr(engine._programs, "build", counted)
+        return counts
+
+    return watch
+
+
 def test_candidates_are_built_one_after_the_other(
-    attached: Any, monkeypatch: pytest.MonkeyPatch
+    attached: Any, built: Callable[[Decoder], dict[str, int]]
 ) -> None:
     engine = decoder(attached, mode="candidates")
-    alive: set[int] = set()
-    most = 0
-    build = engine._programs.build
-
-    def counted(weights: Any, candidate: Any) -> Any:
-        nonlocal most
-        built = build(weights, candidate)
-        leaf = built.final_norm
-        alive.add(id(leaf))
-        weakref.finalize(leaf, alive.discard, id(leaf))
-        most = max(most, len(alive))
-        return built
-
-    monkeypatch.setattr(engine._programs, "build", counted)
+    counts = built(engine)
     engine.decode(prompts(60), [i % CANDIDATES for i in range(60)])
     # Two workers, each with one, and one that is being let go.
-    assert most <= 3
+    assert counts["most"] <= 3
     gc.collect()
-    assert not alive
+    assert counts["alive"] == 0
+    assert counts["all"] == CANDIDATES
+
+
+def test_candidates_that_wait_long_make_room_and_are_built_again(
+    attached: Any, built: Callable[[Decoder], dict[str, int]]
+) -> None:
+    engine = decoder(attached, mode="candidates")
+    counts = built(engine)
+    questions, candidates = prompts(36), [i % CANDIDATES for i in range(36)]
+    heard: SimpleQueue[tuple[int, list[int]]] = SimpleQueue()
+    with engine.talk(lambda i, tokens: heard.put((i, tokens)), fail) as talk:
+        talk.ask(range(36), questions, candidates)
+        answers = dict(heard.get(timeout=60) for _ in range(36))
+        # All have said something before anybody goes on.
+        follows = [[*question, *answers[i], 7] for i, question in enumerate(questions)]
+        talk.ask(range(36), follows, candidates)
+        again = dict(heard.get(timeout=60) for _ in range(36))
+    assert counts["most"] <= 2 * 2 + 1
+    assert CANDIDATES < counts["all"] <= 2 * CANDIDATES
+    assert [again[i] for i in range(36)] == engine.decode(follows, candidates)
+
+
+def test_a_conversation_can_end_before_it_is_answered(attached: Any) -> None:
+    engine = decoder(attached)
+    heard: SimpleQueue[tuple[int, list[int]]] = SimpleQueue()
+    with engine.talk(lambda i, tokens: heard.put((i, tokens)), fail) as talk:
+        for i in range(50):
+            talk.ask([i], [[5, 6, 4 + i % 40]], [0])
+            if i % 2:
+                talk.end(i)
+        seen: set[int] = set()
+        while not seen >= set(range(0, 50, 2)):
+            seen.add(heard.get(timeout=60)[0])
+        with pytest.raises(ValueError, match="its conversation's candidate 0, found 1"):
+            talk.ask([0], [[5]], [1])
+    with pytest.raises(RuntimeError, match="expected to be open"):
+        talk.ask([99], [[5]], [0])
+
+
+def test_an_answer_that_nobody_can_take_is_a_failure(attached: Any) -> None:
+    failures: SimpleQueue[Exception] = SimpleQueue()
+
+    def broken(key: int, tokens: list[int]) -> None:
+        raise OSError("no room")
+
+    with decoder(attached).talk(broken, failures.put) as talk:
+        talk.ask([0], [[5, 6]], [0])
+        assert str(failures.get(timeout=60)) == "no room"
 
 
 def test_what_goes_wrong_in_a_thread_is_told(
@@ -132,7 +191,10 @@ def test_a_talk_can_be_closed_while_it_speaks(attached: Any) -> None:
     talk.close()
     assert threading.active_count() == before
     assert len(heard) < 200
+    assert engine.stats.seconds > 0.0
+    stats = engine.stats
     talk.close()
+    assert engine.stats == stats
 
 
 def test_bad_prompts_are_refused_at_once(attached: Any) -> None:

@@ -197,6 +197,32 @@ def test_a_speaker_gets_the_scores_of_a_policy() -> None:
     assert sort(seen["speaker"]) == sort(seen["policy"])
 
 
+def test_a_speaker_is_asked_before_slow_environments_end() -> None:
+    began: list[float] = []
+
+    def slow(text: str) -> float:
+        time.sleep(0.3)
+        return 1.0
+
+    class First(Waiting):
+        def episode(self, problem: Problem) -> Episode:
+            yield Call(lambda: slow(""), 30.0)
+            return 1.0
+
+    talkative = Talkative(lambda request: "1")
+    ask = talkative.ask
+
+    def timed(who: Sequence[Any], requests: Sequence[Request]) -> None:
+        began.append(time.monotonic() - start)
+        ask(who, requests)
+
+    talkative.ask = timed  # type: ignore[method-assign]
+    start = time.monotonic()
+    tasks: list[Task] = [First(slow), SHORT]
+    rollout(tasks, problems_of(*tasks), 1, talkative, EchoSandbox(), patience=60)
+    assert began[0] < 0.25
+
+
 def test_a_speaker_that_fails_ends_the_rollout() -> None:
     talkative = Talkative(lambda request: "0", fails_at=7)
     with pytest.raises(RuntimeError, match="lost the model"):
