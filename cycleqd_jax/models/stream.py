@@ -179,11 +179,14 @@ class Stream:
         size = len(self._places) // self._groups
         held = max((len(rows) for rows in self._held()), default=0)
         wanted = bucket(held + waiting, self._buckets)
+        smallest = round_up(max(1, _SMALLEST_REPACK // self._groups), self._parts)
         if not held:
             # Nothing has to be kept: the next rows begin a batch of their own.
             self._places, self._state, self._cache = [], None, None
+            if self._keep:
+                # Few come late, in any number: they share the programs of small batches.
+                wanted = max(wanted, min(smallest, self._buckets[-1]))
             return self._enter(wanted) if waiting else []
-        smallest = round_up(max(1, _SMALLEST_REPACK // self._groups), self._parts)
         if (waiting and wanted > size) or (not waiting and max(wanted, smallest) < size):
             size = max(wanted, min(size, smallest))
             self._resize(size)
