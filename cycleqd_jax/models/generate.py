@@ -55,8 +55,9 @@ class Decoder:
     - "rows": rows of all candidates share batches, W(g) is never built. Reads the weights once for
       the population: right where reading weights is what takes the time (accelerators, big models,
       few prompts per candidate).
-    - "candidates": one candidate after the other, its W(g) built on the fly and dropped. Fewest
-      arithmetic operations once a candidate has more tokens than W has rows: right for a CPU.
+    - "candidates": one candidate after the other, its W(g) built on the fly and dropped; where they
+      converse, two a worker take turns. Fewest arithmetic operations once a candidate has more
+      tokens than W has rows: right for a CPU.
     - "auto": "candidates" on a CPU where the low-rank products of "rows" would cost a notable share
       of the dense ones and every candidate has enough prompts to fill its own batches; else "rows".
 

@@ -15,6 +15,7 @@ from cycleqd_jax.models.specs import LayerParams, LeafSpec, LlamaParams, leaf_ta
 __all__ = ["LayerParams", "LlamaParams", "forward", "init_params"]
 
 _UNROLL_LIMIT = 8
+# Constants of a program are part of its text: 1 MB of them for 4096 positions of 32 frequencies.
 _MOST_CONSTANT = 4096
 
 

@@ -28,7 +28,7 @@ class Pasts:
     """The pasts of a batch, by the tickets of their texts; none unless they are to be kept."""
 
     def __init__(self, *, keep: bool) -> None:
-        self._keep = keep
+        self.keep = keep
         self._of: dict[int, Past] = {}
 
     @property
@@ -38,9 +38,9 @@ class Pasts:
 
     def rest(self, ticket: int, past: Past) -> bool:
         """A text ended; whether its place is kept for what may follow."""
-        if self._keep:
+        if self.keep:
             self._of[ticket] = past
-        return self._keep
+        return self.keep
 
     def get(self, ticket: int | None) -> Past | None:
         """The past of a text, if it is still there."""

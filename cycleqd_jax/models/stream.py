@@ -78,7 +78,6 @@ class Stream:
         self._table = SlotTable(0, 0)
         self._state: Rows | None = None
         self._cache: KVCache | None = None
-        self._keep = keep
         self._pasts = Pasts(keep=keep)
         self._tickets = 0
 
@@ -183,7 +182,7 @@ class Stream:
         if not held:
             # Nothing has to be kept: the next rows begin a batch of their own.
             self._places, self._state, self._cache = [], None, None
-            if self._keep:
+            if self._pasts.keep:
                 # Few come late, in any number: they share the programs of small batches.
                 wanted = max(wanted, min(smallest, self._buckets[-1]))
             return self._enter(wanted) if waiting else []
@@ -355,7 +354,7 @@ class Stream:
             free = self._table.free()
         slots = free[:STEPS].astype(np.int32)
         live = np.array([request is not None for request in self._places])
-        resumed = self._resumed() if self._keep else None
+        resumed = self._resumed() if self._pasts.keep else None
         out, self._state, self._cache = self._programs.chunk(
             self._weights, self._state, self._cache, live, slots, self._cuts, resumed
         )

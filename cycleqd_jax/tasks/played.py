@@ -19,7 +19,8 @@ class Rollout:
     Attributes:
         attempts: task name → (candidates, problems, repeats) float32, the score of every episode;
             NaN where none was played.
-        seconds: time spent in the "model", and waiting for the "sandbox" and other services.
+        seconds: time spent in the "model", and waiting for the "sandbox" and other services. Where
+            both are waited for at once it is the model's.
         requests: messages the model was asked for.
         late: task name → episodes over a time limit.
         failed: task name → episodes that raised an error.

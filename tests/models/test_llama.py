@@ -190,3 +190,16 @@ def test_logits_are_float32_for_bfloat16_weights(make_params: Make) -> None:
     params = make_params(config, 0)
     assert params.layers.q.dtype == "bfloat16"
     assert forward(params, config, jnp.ones((1, 3), int)).dtype == "float32"
+
+
+@pytest.mark.parametrize("most", [4096, 8])
+def test_the_tables_of_a_range_are_those_of_its_positions(
+    most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llama, "_MOST_CONSTANT", most)
+    scaling = RopeScaling(8.0, 1.0, 4.0, 64)
+    config = LlamaConfig(48, 16, 24, 2, 4, 2, 4, max_positions=4096, rope_scaling=scaling)
+    for start, stop in ((0, 3000), (1000, 1009)):
+        expected = llama.rope_tables(config, jnp.arange(start, stop))
+        for found, table in zip(llama.rope_range(config, start, stop), expected, strict=True):
+            np.testing.assert_allclose(found, table, atol=2e-6)
