@@ -231,8 +231,9 @@ def table(outcomes: Mapping[str, Mapping[int, Outcome]], horizon: int) -> list[R
         rows.append(found)
         print(
             f"{arm}: QD score reached in {found['reached']} seeds, ratios {found['ratios']}, "
-            f"median {median:.2f}, to {_NEAR:.0%} of it {nearly}; share of problems "
-            f"{found['share_of_problems']}, final QD score {found['final_qd']}, gain on test {found['test_gain']}"
+            f"median {median:.2f}, to {_NEAR:.0%} of it {nearly}; "
+            f"share of problems {found['share_of_problems']}, "
+            f"final QD score {found['final_qd']}, gain on test {found['test_gain']}"
         )
     return rows
 
