@@ -14,15 +14,14 @@ all cores), and offers the child to every archive; a child that enters one is wr
 Both do the same work. The peer is given what ours drew (parents, merge weights, scales), so its
 children are the same models; the transcripts of all episodes (ours of a second play, not timed),
 the scores and the archives are compared. Drawing costs the peer nothing. Both play in the same
-sandbox, and both begin a generation with the memory that a run has there: what programs did in the
-generations before is not run again, in the peer's neither. That memory is ours. What the peer's
-programs take without it is measured after each of its children, and printed beside: the published
-pipeline as it is.
+sandbox. Of what a run remembers there of programs that were run before (`sandbox.MemoSandbox`),
+which is ours, the peer plays every generation twice: with the memory that ours had when it began
+the generation, and with none, as published.
 
 Generation 1, in which both warm up and ours compiles, is not counted. From then on they take turns,
-a generation each; the medians count. The limit is the arithmetic that cannot be avoided, at the
-rate of a large product measured in the same run: every matrix once for every token of every
-episode's conversation, the head once for every token that was chosen.
+ours once and the peer twice a generation; the medians count. The limit is the arithmetic that
+cannot be avoided, at the rate of a large product measured in the same run: every matrix once for
+every token of every episode's conversation, the head once for every token that was chosen.
 """
 
 import argparse
@@ -31,7 +30,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +63,12 @@ from cycleqd_jax.runs.transformers_policy import TransformersPolicy
 from cycleqd_jax.runs.watching.monitor import Monitor
 from cycleqd_jax.runs.watching.watch import Watch
 from cycleqd_jax.runs.workspace import Workspace, open_workspace
-from cycleqd_jax.sandbox import Job, MemoSandbox, Outcome, Sandbox, open_sandbox
+from cycleqd_jax.sandbox import MemoSandbox, Sandbox, open_sandbox
 from cycleqd_jax.tasks.base import Request
 from cycleqd_jax.tasks.rollout import rollout
 from cycleqd_jax.tasks.transcript import Transcript, Turn
 
+LENT, PUBLISHED = "published pipeline, our memory lent", "published pipeline, torch"
 PHASES = ("child", "decode", "environments", "archive", "rest", "checkpoint")
 
 
@@ -91,11 +90,11 @@ def main() -> None:
             evaluator = Evaluator(workspace, sandbox)
             recorder = Evaluator(workspace, sandbox, out / "transcripts")
             with RunFolder.open(out, config.to_json()) as folder:
-                pipeline = Pipeline(workspace, sandbox, bare, folder, Path(scratch) / "models")
-                turns = Turns(workspace, folder, evaluator, recorder, sandbox, pipeline)
+                pipeline = Pipeline(workspace, folder, Path(scratch) / "models")
+                turns = Turns(workspace, folder, evaluator, recorder, sandbox, bare, pipeline)
                 Search(workspace, evaluator, folder, turns).run()
                 turns.finish()
-    write_rows(options.json, [report(turns, workspace)])
+    write_rows(options.json, report(turns, workspace))
 
 
 class Turns(Monitor):
@@ -103,11 +102,11 @@ class Turns(Monitor):
 
     Attributes:
         ours: seconds of the phases of every generation, the first one not among them.
-        peers: the same for the peer.
+        peers: the same for the peer, with our memory of programs and without.
         first: seconds of generation 1, which compiles.
         played: what happened in every generation of ours.
         compiled: programs that were compiled after generation 1.
-        episodes: how many were compared.
+        episodes: how many were compared, those of the peer's two plays apart.
         different: how many of them were not the same to the letter.
     """
 
@@ -118,14 +117,15 @@ class Turns(Monitor):
         evaluator: Evaluator,
         recorder: Evaluator,
         sandbox: MemoSandbox,
+        bare: Sandbox,
         pipeline: "Pipeline",
     ) -> None:
         super().__init__(Watch(), folder, workspace.config.tasks, workspace.config.to_json())
         self._workspace, self._evaluator, self._recorder = workspace, evaluator, recorder
-        self._sandbox, self._pipeline = sandbox, pipeline
+        self._sandbox, self._bare, self._pipeline = sandbox, bare, pipeline
         self._run = folder
         self.ours: list[dict[str, float]] = []
-        self.peers: list[dict[str, float]] = []
+        self.peers: dict[str, list[dict[str, float]]] = {LENT: [], PUBLISHED: []}
         self.played: list[list[Transcript]] = []
         self.first = 0.0
         self.compiled = 0
@@ -142,18 +142,21 @@ class Turns(Monitor):
         generation = row["generation"]
         if generation == 1:
             self.first = seconds
-            self._pipeline.play(generation, repertoire, children=1)
+            self._pipeline.play(generation, repertoire, self._bare, children=1)
         else:
             phases = [row["seconds"][name] for name in ("emit", "model", "sandbox", "add")]
             own = [*phases, seconds - sum(phases), 0.0]
             self.ours.append(dict(zip(PHASES, own, strict=True)))
             self.compiled += self._evaluator.decoder.traces - self._traces
             self._sandbox.forget(but=self._known)
-            phases_of_peer, transcripts = self._pipeline.play(generation, repertoire)
-            self.peers.append(phases_of_peer)
-            self._compare(generation, transcripts)
-            total = sum(phases_of_peer.values())
-            print(f"generation {generation}: ours {seconds:.2f} s, peer {total:.2f} s", flush=True)
+            played = self._play_again(generation)
+            totals = []
+            for name, sandbox in ((LENT, self._sandbox), (PUBLISHED, self._bare)):
+                phases_of_peer, transcripts = self._pipeline.play(generation, repertoire, sandbox)
+                self.peers[name].append(phases_of_peer)
+                self._compare(played, transcripts)
+                totals.append(f"{sum(phases_of_peer.values()):.2f} s")
+            print(f"generation {generation}: ours {seconds:.2f} s, peer {' and '.join(totals)}")
         self._begin()
         return stop
 
@@ -163,17 +166,13 @@ class Turns(Monitor):
         for phases in self.ours:
             phases["checkpoint"] = (time.perf_counter() - self._started) / config.checkpoint_every
 
-    @property
-    def remembered(self) -> list[float]:
-        """Seconds that the peer's programs of every generation would take without memory."""
-        return self._pipeline.remembered
-
     def _begin(self) -> None:
         self._known = self._sandbox.known()
         self._traces = self._evaluator.decoder.traces
         self._started = time.perf_counter()
 
-    def _compare(self, generation: int, theirs: Sequence[Transcript]) -> None:
+    def _play_again(self, generation: int) -> list[Transcript]:
+        """What happens in ours, which must come to the same scores."""
         phase = f"generation-{generation:06d}"
         births = read_births(self._run.lineage_file)
         ids = [birth.id for birth in births if birth.generation == generation]
@@ -183,11 +182,14 @@ class Turns(Monitor):
         logged = [list(births[id].scores.values()) for id in ids]
         if not np.array_equal(scores, np.asarray(logged, np.float32)):
             raise SystemExit(f"{phase}: ours scores its children otherwise when they play again")
-        ours = read_transcripts(transcript_file(self._run.path / "transcripts", phase))
+        played = read_transcripts(transcript_file(self._run.path / "transcripts", phase))
+        self.played.append(played)
+        return played
+
+    def _compare(self, ours: Sequence[Transcript], theirs: Sequence[Transcript]) -> None:
         found = {(t.task, t.problem, t.candidate): t for t in theirs}
         if len(found) != len(ours):
-            raise SystemExit(f"{phase}: ours played {len(ours)} episodes, the peer {len(found)}")
-        self.played.append(ours)
+            raise SystemExit(f"ours played {len(ours)} episodes, the peer {len(found)}")
         self.episodes += len(ours)
         self.different += sum(found[t.task, t.problem, t.candidate] != t for t in ours)
 
@@ -197,28 +199,16 @@ class Pipeline:
 
     Args:
         workspace: base, basis, tasks and settings of the run.
-        sandbox: where programs run.
-        bare: the same without its memory.
         folder: the run whose draws are followed.
         models: where the elites' weights are, a folder each.
 
     Attributes:
         problems: that every child plays.
-        remembered: seconds that the programs of every generation would take which were remembered.
     """
 
-    def __init__(
-        self,
-        workspace: Workspace,
-        sandbox: MemoSandbox,
-        bare: Sandbox,
-        folder: RunFolder,
-        models: Path,
-    ) -> None:
+    def __init__(self, workspace: Workspace, folder: RunFolder, models: Path) -> None:
         config = workspace.config
         self._workspace, self._folder, self._models = workspace, folder, models
-        self._sandbox, self._bare = Noting(sandbox), bare
-        self.remembered: list[float] = []
         models.mkdir()
         self.problems = workspace.problems("search", config.problems, config.seed)
         self._peer = Peer(Path(config.base), (), {})
@@ -233,13 +223,18 @@ class Pipeline:
         )
 
     def play(
-        self, generation: int, repertoire: CyclicRepertoire, children: int | None = None
+        self,
+        generation: int,
+        repertoire: CyclicRepertoire,
+        sandbox: Sandbox,
+        children: int | None = None,
     ) -> tuple[dict[str, float], list[Transcript]]:
         """Breed and score the children of a generation again; seconds of the phases, transcripts.
 
         Args:
             generation: which one.
             repertoire: ours after it, which the peer's archives must equal.
+            sandbox: where programs run.
             children: only the first ones; the archives are then not compared.
         """
         run = PastRun(self._folder.path)
@@ -253,7 +248,6 @@ class Pipeline:
                 archives.add(birth.id, list(birth.scores.values()))
 
         seconds = dict.fromkeys(PHASES, 0.0)
-        remembered = 0.0
         transcripts: list[Transcript] = []
         for number, (birth, (weights, scales)) in enumerate(zip(born, draws, strict=True)):
             start = time.perf_counter()
@@ -268,7 +262,7 @@ class Pipeline:
                 self.problems,
                 1,
                 self._policy,
-                self._sandbox,
+                sandbox,
                 seed=f"{self._workspace.config.seed}/generation-{generation:06d}",
                 first_candidate=number,
                 on_episode=transcripts.append,
@@ -280,9 +274,6 @@ class Pipeline:
             seconds["decode"] += played.seconds["model"]
             seconds["environments"] += scored - bred - played.seconds["model"]
             seconds["archive"] += time.perf_counter() - scored
-            remembered += self._sandbox.remembered(self._bare)
-        if children is None:
-            self.remembered.append(remembered)
         if children is None and archives.ids() != ids_of(repertoire):
             raise SystemExit(f"generation {generation}: the archives differ")
         return seconds, transcripts
@@ -318,41 +309,6 @@ class Pipeline:
                 names = spec.hf_names(workspace.architecture.num_layers)
                 scales |= zip(names, torch.from_numpy(own).reshape(len(names), -1), strict=True)
         return torch.tensor(birth.operator["weights"]), scales
-
-
-class Noting:
-    """A sandbox that notes the batches it is given, and how much of them it remembered."""
-
-    def __init__(self, inner: MemoSandbox) -> None:
-        self._inner = inner
-        self._batches: list[list[Job]] = []
-        self._before = inner.hits, inner.misses
-
-    def run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        return [future.result() for future in self.submit(jobs)]
-
-    def submit(self, jobs: Sequence[Job]) -> list[Future[Outcome]]:
-        self._batches.append(list(jobs))
-        return self._inner.submit(jobs)
-
-    def close(self) -> None:
-        self._inner.close()
-
-    def __enter__(self) -> "Noting":
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def remembered(self, bare: Sandbox) -> float:
-        """Seconds that what was remembered since the last time takes in the bare sandbox."""
-        hits, misses = self._inner.hits - self._before[0], self._inner.misses - self._before[1]
-        start = time.perf_counter()
-        for jobs in self._batches:
-            bare.run(jobs)
-        took = time.perf_counter() - start
-        self._batches, self._before = [], (self._inner.hits, self._inner.misses)
-        return took * hits / max(1, hits + misses)
 
 
 def expert_factors(workspace: Workspace, expert: int) -> dict[str, tuple[torch.Tensor, ...]]:
@@ -403,15 +359,16 @@ def ids_of(repertoire: CyclicRepertoire) -> list[list[int]]:
     return [sorted(ids[archive[archive >= 0]].tolist()) for archive in cells]
 
 
-def report(turns: Turns, workspace: Workspace) -> dict[str, Any]:
-    """Print what was measured and return the row."""
-    ours, peer = (
-        {phase: statistics.median(g[phase] for g in found) for phase in PHASES}
-        for found in (turns.ours, turns.peers)
-    )
-    own, theirs = (
-        statistics.median(sum(g.values()) for g in found) for found in (turns.ours, turns.peers)
-    )
+def report(turns: Turns, workspace: Workspace) -> list[dict[str, Any]]:
+    """Print what was measured and return the rows."""
+    columns = {"ours": turns.ours, **turns.peers}
+    phases = {
+        name: {phase: statistics.median(g[phase] for g in found) for phase in PHASES}
+        for name, found in columns.items()
+    }
+    whole = {
+        name: statistics.median(sum(g.values()) for g in found) for name, found in columns.items()
+    }
     children = workspace.config.children
     work = statistics.median(operations(workspace, played) for played in turns.played)
     rate = matmul_rate()
@@ -420,37 +377,33 @@ def report(turns: Turns, workspace: Workspace) -> dict[str, Any]:
         f"{turns.different} differ; generation 1 of ours took {turns.first:.1f} s, "
         f"{turns.compiled} programs were compiled after it"
     )
-    print(f"{'seconds a generation':22s} {'ours':>8s} {'peer':>8s}")
+    print(f"{'seconds a generation':22s}" + "".join(f"{name:>37s}" for name in columns))
     for phase in PHASES:
-        print(f"{phase:22s} {ours[phase]:8.3f} {peer[phase]:8.3f}")
-    print(f"{'all':22s} {own:8.3f} {theirs:8.3f}")
-    found = row(
-        "generation, quickstart family",
-        60 * children / own,
-        60 * children / theirs,
-        "published pipeline, torch",
-        "children/min",
-        60 * children * rate / work,
-        more_is_better=True,
-        seconds={"ours": ours, "peer": peer},
-        different_episodes=turns.different / turns.episodes,
-    )
+        print(f"{phase:22s}" + "".join(f"{phases[name][phase]:37.3f}" for name in columns))
+    print(f"{'all':22s}" + "".join(f"{whole[name]:37.3f}" for name in columns))
+    rows = []
+    for name in turns.peers:
+        found = row(
+            "generation, quickstart family",
+            60 * children / whole["ours"],
+            60 * children / whole[name],
+            name,
+            "children/min",
+            60 * children * rate / work,
+            more_is_better=True,
+            seconds={"ours": phases["ours"], "peer": phases[name]},
+            different_episodes=turns.different / turns.episodes,
+        )
+        print(
+            f"{found['ours']:.0f} children a minute against {found['peer']:.0f} of the {name}: "
+            f"{found['ratio']:.2f} times as many"
+        )
+        rows.append(found)
     print(
-        f"{found['ours']:.0f} children a minute against {found['peer']:.0f}: "
-        f"{found['ratio']:.2f} times as many"
+        f"limit {rows[0]['limit']:.0f}: {work / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s take "
+        f"{work / rate:.2f} s, {work / rate / phases['ours']['decode']:.0%} of what ours decodes in"
     )
-    remembered = statistics.median(turns.remembered)
-    alone = 60 * children / (theirs + remembered)
-    found["without_memory"] = {"seconds": remembered, "ratio": found["ours"] / alone}
-    print(
-        f"without our memory of programs the peer takes {remembered:.2f} s more: {alone:.0f} "
-        f"children a minute, {found['ours'] / alone:.2f} times as many"
-    )
-    print(
-        f"limit {found['limit']:.0f}: {work / 1e9:.0f} GFLOP at {rate / 1e9:.0f} GFLOP/s take "
-        f"{work / rate:.2f} s, {work / rate / ours['decode']:.0%} of what ours decodes in"
-    )
-    return found
+    return rows
 
 
 def operations(workspace: Workspace, played: Sequence[Transcript]) -> float:

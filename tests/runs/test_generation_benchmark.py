@@ -44,12 +44,14 @@ def test_both_pipelines_score_the_same_children_alike(
         sys, "argv", ["generation.py", "--generations", "2", "--json", str(tmp_path / "rows.json")]
     )
     generation.main()
-    (row,) = json.loads((tmp_path / "rows.json").read_text())
-    assert row["different_episodes"] == 0
-    assert row["ours"] > 0
-    assert row["peer"] > 0
-    for side in ("ours", "peer"):
-        assert set(row["seconds"][side]) == set(generation.PHASES)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [row["peer_name"] for row in rows] == [generation.LENT, generation.PUBLISHED]
+    for row in rows:
+        assert row["different_episodes"] == 0
+        assert row["ours"] > 0
+        assert row["peer"] > 0
+        for side in ("ours", "peer"):
+            assert set(row["seconds"][side]) == set(generation.PHASES)
 
 
 def test_the_peers_archives_keep_who_ours_would(generation: Any) -> None:
