@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from jaxtyping import Array
 from cycleqd_jax.models import kernels
 from cycleqd_jax.models.cache import KVCache
 from cycleqd_jax.models.pasts import Past, Pasts
+from cycleqd_jax.models.prefixes import Prefixes
 from cycleqd_jax.models.programs import STEPS, Programs, Prompts, Resumed, Rows, prefill_pieces
 from cycleqd_jax.models.requests import Answer, Request, check_requests
 from cycleqd_jax.models.sampling import Sampling
@@ -21,7 +23,6 @@ from cycleqd_jax.models.schedule import (
     prompt_bucket,
     round_up,
     row_buckets,
-    shared_prefixes,
     slot_bucket,
 )
 from cycleqd_jax.models.specs import LlamaParams
@@ -73,7 +74,7 @@ class Stream:
         self._parts = 1 if stacked else programs.parts
         self._buckets = row_buckets(max(1, max_rows // self._groups), self._parts)
         self._waiting: list[deque[Request]] = [deque() for _ in range(self._groups)]
-        self._prefixes: dict[tuple[int, ...], _Prefix] = {}
+        self._prefixes = Prefixes(partial(programs.prefix, weights), self._groups, self._buckets)
         self._places: list[Request | None] = []
         self._table = SlotTable(0, 0)
         self._state: Rows | None = None
@@ -123,12 +124,8 @@ class Stream:
             requests = [
                 r for r, of in zip(requests, after, strict=True) if not self._goes_on(r, of)
             ]
-        shared = shared_prefixes([r.prompt for r in requests], [r.candidate for r in requests])
-        for request, length in zip(requests, shared, strict=True):
-            request.shared = length
+        self._prefixes.share(requests)
         for request in sorted(requests, key=lambda request: request.prefix):
-            if request.shared:
-                self._prefixes.setdefault(request.prefix, _Prefix()).add(request.candidate)
             self._waiting[request.candidate if self._groups > 1 else 0].append(request)
         return tickets
 
@@ -300,8 +297,7 @@ class Stream:
         round_width: Callable[[int], int],
     ) -> tuple[Any, Rows, KVCache]:
         size, before = len(requests), len(shared)
-        real = [request for request in requests if request is not None]
-        longest = max(len(request.prompt) for request in real) - before
+        longest = max(len(r.prompt) for r in requests if r is not None) - before
         width = min(round_width(longest), self._limit - before)
         prompts = Prompts(
             tokens=np.full((size, width), self._pad, np.int32),
@@ -311,7 +307,6 @@ class Stream:
             seed=np.zeros(size, np.int32),
             prefix=np.zeros(size, np.int32),
         )
-        prefix = self._prefixes.get(shared)
         for row, request in enumerate(requests):
             if request is None:
                 continue
@@ -322,28 +317,9 @@ class Stream:
             prompts.candidate[row] = request.candidate
             prompts.seed[row] = request.seed
         cache = None
-        if prefix is not None:
-            cache = self._prefix_cache(prefix, shared)
-            for row, request in enumerate(requests):
-                if request is not None:
-                    prompts.prefix[row] = prefix.row_of[request.candidate]
-            prefix.waiting -= len(real)
-            if not prefix.waiting:
-                del self._prefixes[shared]
+        if shared:
+            cache, prompts.prefix[:] = self._prefixes.enter(shared, requests)
         return self._programs.enter(self._weights, prompts, cache, self._cuts)
-
-    def _prefix_cache(self, prefix: "_Prefix", shared: tuple[int, ...]) -> KVCache:
-        """The prefix in every candidate that asks for it, computed when the first row enters."""
-        if prefix.cache is None:
-            order = list(range(self._groups))
-            if self._groups == 1:
-                order = sorted(prefix.candidates)
-                order += order[:1] * (bucket(len(order), self._buckets) - len(order))
-            rows = np.array(order, np.int32)
-            prefix.row_of = {candidate: row for row, candidate in reversed(list(enumerate(order)))}
-            tokens = np.tile(np.array(shared, np.int32), (len(order), 1))
-            prefix.cache = self._programs.prefix(self._weights, tokens, rows)
-        return prefix.cache
 
     def _decode(self) -> list[Answer]:
         """One chunk for the batch."""
@@ -427,20 +403,3 @@ class Stream:
         self._state, self._cache = self._programs.repack(
             self._state, self._cache, keep.astype(np.int32), slots
         )
-
-
-class _Prefix:
-    """A shared prefix: who asks for it, and its cache once it is computed."""
-
-    def __init__(self) -> None:
-        self.candidates: set[int] = set()
-        self.waiting = 0
-        self.cache: KVCache | None = None
-        self.row_of: dict[int, int] = {}
-
-    def add(self, candidate: int) -> None:
-        """One more row waits; a candidate that the cache lacks makes it void."""
-        self.waiting += 1
-        if candidate not in self.candidates:
-            self.candidates.add(candidate)
-            self.cache = None
