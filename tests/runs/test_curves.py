@@ -43,6 +43,14 @@ def test_a_task_has_one_colour_in_all_panels_and_the_experts_a_dotted_line():
     assert [np.asarray(line.get_ydata())[0] for line in dotted] == [0.4, 0.7]
 
 
+def test_a_line_under_another_shows_through():
+    equal = [{**row, "best": [0.5, 0.5 if row["generation"] < 3 else 0.6]} for row in rows(3)]
+    best = draw_curves(equal, TASKS).axes[2]
+    (shown,) = best.lines[2:]
+    np.testing.assert_array_equal(shown.get_xdata(), [1, 2])
+    assert shown.get_color() == best.lines[0].get_color() != best.lines[1].get_color()
+
+
 def test_one_generation_is_enough(tmp_path):
     plot_curves(tmp_path / "curves.png", rows(1), TASKS)
     assert (tmp_path / "curves.png").stat().st_size > 5_000

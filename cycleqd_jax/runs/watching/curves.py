@@ -6,6 +6,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, PercentFormatter
@@ -21,6 +22,7 @@ from cycleqd_jax.runs.watching.drawing import (
     task_colour,
 )
 
+_DASHES = (0, (4, 4))
 _PANELS = {
     "coverage": ("Coverage", "share of an archive's cells that hold a model"),
     "qd_score": ("QD score", "sum of the qualities in an archive"),
@@ -65,6 +67,7 @@ def draw_curves(
             for k, task in enumerate(tasks):
                 mark = "o" if len(rows) == 1 else None
                 axes.plot(x, values[:, k], color=task_colour(k), label=task, lw=2.2, marker=mark)
+            _show_hidden(axes, x, values)
             heading(axes, title, explanation)
             axes.set_xlabel("generation")
             if name != "best" and np.nanmin(values, initial=0.0) >= 0:
@@ -85,6 +88,16 @@ def draw_curves(
             )
         legend(figure, handles)
         return figure
+
+
+def _show_hidden(axes: Axes, x: np.ndarray, values: np.ndarray) -> None:
+    """Dashes of a task's colour where a later task's line runs over its own."""
+    for k in range(values.shape[1] - 1):
+        hidden = np.flatnonzero((values[:, k + 1 :] == values[:, [k]]).any(axis=1))
+        for run in np.split(hidden, np.flatnonzero(np.diff(hidden) > 1) + 1):
+            if len(run) < 2:  # lines that cross
+                continue
+            axes.plot(x[run], values[run, k], color=task_colour(k), lw=2.2, ls=_DASHES)
 
 
 def _per_task(rows: Sequence[Mapping[str, Any]], name: str, tasks: Sequence[str]) -> np.ndarray:
