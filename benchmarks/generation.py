@@ -148,15 +148,18 @@ class Turns(Monitor):
             own = [*phases, seconds - sum(phases), 0.0]
             self.ours.append(dict(zip(PHASES, own, strict=True)))
             self.compiled += self._evaluator.decoder.traces - self._traces
-            self._sandbox.forget(but=self._known)
             played = self._play_again(generation)
+            self._sandbox.forget(but=self._known)
             totals = []
             for name, sandbox in ((LENT, self._sandbox), (PUBLISHED, self._bare)):
                 phases_of_peer, transcripts = self._pipeline.play(generation, repertoire, sandbox)
                 self.peers[name].append(phases_of_peer)
-                self._compare(played, transcripts)
+                self._compare(generation, played, transcripts)
                 totals.append(f"{sum(phases_of_peer.values()):.2f} s")
-            print(f"generation {generation}: ours {seconds:.2f} s, peer {' and '.join(totals)}")
+            print(
+                f"generation {generation}: ours {seconds:.2f} s, peer {' and '.join(totals)}",
+                flush=True,
+            )
         self._begin()
         return stop
 
@@ -186,10 +189,14 @@ class Turns(Monitor):
         self.played.append(played)
         return played
 
-    def _compare(self, ours: Sequence[Transcript], theirs: Sequence[Transcript]) -> None:
+    def _compare(
+        self, generation: int, ours: Sequence[Transcript], theirs: Sequence[Transcript]
+    ) -> None:
         found = {(t.task, t.problem, t.candidate): t for t in theirs}
         if len(found) != len(ours):
-            raise SystemExit(f"ours played {len(ours)} episodes, the peer {len(found)}")
+            raise SystemExit(
+                f"generation {generation}: ours played {len(ours)} episodes, the peer {len(found)}"
+            )
         self.episodes += len(ours)
         self.different += sum(found[t.task, t.problem, t.candidate] != t for t in ours)
 

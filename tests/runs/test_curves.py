@@ -2,6 +2,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 
 from cycleqd_jax.runs.watching.curves import draw_curves, plot_curves
 
@@ -49,6 +51,22 @@ def test_a_line_under_another_shows_through():
     (shown,) = best.lines[2:]
     np.testing.assert_array_equal(shown.get_xdata(), [1, 2])
     assert shown.get_color() == best.lines[0].get_color() != best.lines[1].get_color()
+
+
+def test_of_three_equal_lines_each_is_seen():
+    equal = [
+        {"generation": g, **{name: [0.5] * 3 for name in ("coverage", "qd_score", "best")}}
+        for g in range(1, 9)
+    ]
+    figure = draw_curves(equal, ("a", "b", "c"))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    pixels = np.asarray(canvas.buffer_rgba())[..., :3]
+    # Without the legend below.
+    panel = pixels[: int(0.8 * len(pixels))].reshape(-1, 3)
+    for line in figure.axes[2].lines[:3]:
+        colour = np.round(255 * np.array(to_rgb(line.get_color())))
+        assert (np.abs(panel - colour).max(axis=1) <= 2).sum() > 50
 
 
 def test_one_generation_is_enough(tmp_path):

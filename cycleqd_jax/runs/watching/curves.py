@@ -22,7 +22,8 @@ from cycleqd_jax.runs.watching.drawing import (
     task_colour,
 )
 
-_DASHES = (0, (4, 4))
+# In widths of the line.
+_DASH = 4
 _PANELS = {
     "coverage": ("Coverage", "share of an archive's cells that hold a model"),
     "qd_score": ("QD score", "sum of the qualities in an archive"),
@@ -91,13 +92,18 @@ def draw_curves(
 
 
 def _show_hidden(axes: Axes, x: np.ndarray, values: np.ndarray) -> None:
-    """Dashes of a task's colour where a later task's line runs over its own."""
-    for k in range(values.shape[1] - 1):
+    """Dashes of a task's colour where a later task's line runs over its own.
+
+    Every task's are at places of their own, so that of any number of equal lines each is seen.
+    """
+    tasks = values.shape[1]
+    for k in range(tasks - 1):
+        dashes = (_DASH * k, (_DASH, _DASH * (tasks - 1)))
         hidden = np.flatnonzero((values[:, k + 1 :] == values[:, [k]]).any(axis=1))
         for run in np.split(hidden, np.flatnonzero(np.diff(hidden) > 1) + 1):
             if len(run) < 2:  # lines that cross
                 continue
-            axes.plot(x[run], values[run, k], color=task_colour(k), lw=2.2, ls=_DASHES)
+            axes.plot(x[run], values[run, k], color=task_colour(k), lw=2.2, ls=dashes)
 
 
 def _per_task(rows: Sequence[Mapping[str, Any]], name: str, tasks: Sequence[str]) -> np.ndarray:
