@@ -284,9 +284,7 @@ def check_agreement(ours: Ours, peer: Peer) -> None:
         change = theirs[name].float().numpy() - start
         apart, size = np.linalg.norm(one - start - change), np.linalg.norm(change)
         if not apart <= 0.3 * size:
-            raise SystemExit(
-                f"{name}: children differ by {apart:.3g}, the change is {size:.3g}"
-            )
+            raise SystemExit(f"{name}: children differ by {apart:.3g}, the change is {size:.3g}")
 
 
 def operations(basis: Any) -> float:
